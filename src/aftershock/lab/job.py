@@ -1,0 +1,76 @@
+"""What `aftershock run FOLDER...` does: train the runs of these folders as one fleet, in this process, on one thread."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aftershock.config import load_yaml
+from aftershock.lab.data import build_batches
+from aftershock.lab.fleet import Fleet
+from aftershock.lab.recipe import RunConfig
+from aftershock.lab.train import OnStep, train_fleet
+from aftershock.store.folder import atomic_write
+from aftershock.store.sinks import sink_from_spec
+from aftershock.store.writer import RunWriter
+
+PROGRESS_FILE = "progress.json"
+PROGRESS_INTERVAL_S = 0.5
+
+
+def run_folders(
+    folders: Sequence[Path], *, device: str = "cpu", sinks: Sequence[str] = (), mirror: str | None = None
+) -> list[dict[str, Any]]:
+    """Train the run of each folder's `config.yaml`; returns the summaries.
+
+    Raises ValueError where a folder has no config, the configs cannot share a fleet, or another process writes one.
+    """
+    torch.set_num_threads(1)
+    configs = [load_yaml(RunConfig, folder / "config.yaml") for folder in folders]
+    batches = build_batches(configs[0].data)
+    with ExitStack() as stack:
+        writers = [
+            stack.enter_context(
+                RunWriter.open(
+                    folder,
+                    config=config,
+                    env={"data": batches.describe()},
+                    sinks=[sink_from_spec(spec) for spec in sinks],
+                    mirror=mirror,
+                )
+            )
+            for folder, config in zip(folders, configs, strict=True)
+        ]
+        fleet = Fleet(configs, batches=batches, device=device)
+        return train_fleet(fleet, writers, on_step=_progress_file(folders[0] / PROGRESS_FILE))
+
+
+def watch_lifeline() -> None:
+    """End this process at once when its standard input ends: whoever started it is gone."""
+
+    def wait() -> None:
+        sys.stdin.buffer.read()
+        os._exit(75)  # EX_TEMPFAIL of sysexits.h: the run is unfinished and may be started again
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _progress_file(path: Path) -> OnStep:
+    last = 0.0
+
+    def on_step(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PROGRESS_INTERVAL_S or done == total:
+            last = time.monotonic()
+            atomic_write(path, json.dumps({"step": done, "steps": total}).encode())
+
+    return on_step

@@ -1,0 +1,1 @@
+"""Adapters of experiment trackers to `aftershock.store.sinks.Sink`, one file each."""
