@@ -55,7 +55,7 @@ docs: $(VENV)/.stamp-dev
 	@echo 'open build/docs/index.html'
 
 studies: $(VENV)/.stamp-run
-	$(BIN)/aftershock claims run --all
+	$(BIN)/aftershock claims --run all
 
 bench: $(VENV)/.stamp-run
 	$(BIN)/python -m benchmarks.run

@@ -1,8 +1,8 @@
 """The rival: the decoder of the stability map as most people would write it, one model after another.
 
 Legend: B batch, T positions, D width, H heads, E head dimension.
-Eager float32, `scaled_dot_product_attention`, fused AdamW, clip to norm 1, z-loss; the same architecture, initialisation
-aside, as `aftershock.lab.models.decoder`. `best_mode` wraps it in torch.compile and bf16 autocast.
+Eager float32, `scaled_dot_product_attention`, fused AdamW, clip to norm 1, z-loss; but for the initialisation the same
+architecture as `aftershock.lab.models.decoder`. Its best mode adds torch.compile and bf16 autocast.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
+    """Pre-LayerNorm attention and MLP."""
+
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
@@ -38,6 +40,8 @@ class Block(nn.Module):
 
 
 class PlainDecoder(nn.Module):
+    """Token ids [B, T] to logits [B, T, V]."""
+
     def __init__(self, *, width: int, depth: int, heads: int, vocab_size: int, context: int) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocab_size, width)
@@ -58,16 +62,19 @@ class PlainDecoder(nn.Module):
 
 
 def rope(x: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    """Rotary positions, the usual way."""
     first, second = x.chunk(2, dim=-1)
     return x * cos_TE.to(x.dtype) + torch.cat([-second, first], dim=-1) * sin_TE.to(x.dtype)
 
 
-def training_step(model: PlainDecoder, *, lr: float, autocast: bool, compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
+def training_step(
+    model: PlainDecoder, *, lr: float, autocast: bool, compiled: bool
+) -> Callable[[Tensor, Tensor], Tensor]:
     """A function (ids_BT, targets_BT) -> loss that takes one optimizer step."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=1e-4 / lr, fused=True)
 
     def loss_of(ids_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with torch.autocast(ids_BT.device.type, dtype=torch.bfloat16, enabled=autocast):
             logits = model(ids_BT)
         logits = logits.float().flatten(0, 1)
         return F.cross_entropy(logits, targets_BT.flatten()) + 1e-4 * logits.logsumexp(-1).square().mean()

@@ -7,20 +7,24 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
+
+if TYPE_CHECKING:
+    from aftershock.lab.sweep import SweepSpec
 
 USER_ERROR, FAILED = 2, 1
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Draw a stability map on the embedded corpus: loss against learning rate for two sizes, with and without qk-layernorm."""
+    """Draw a stability map on the embedded corpus: loss against rate, two sizes, with and without qk-layernorm."""
 
     out: Path = Path("out/demo")
     """Study folder; run the demo again to finish an interrupted one."""
@@ -35,26 +39,30 @@ class Demo:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Train a grid of sizes, rates, seeds and interventions. Resumable: the same command again trains only what is missing."""
+    """Train a grid of sizes, rates, seeds and interventions; the same command again trains only what is missing."""
 
     out: Path = Path("out/sweep")
     """Study folder."""
-    from_: Annotated[Path | None, arg(name="from")] = None
+    from_: Annotated[Path | None, arg(name="from", metavar="FILE")] = None
     """YAML file with the grid (see sweep.yaml in any study folder); flags override it."""
-    name: str | None = None
+    name: Annotated[str, arg(metavar="NAME")] = ""
     """Name of the study."""
-    sizes: tuple[str, ...] | None = None
+    sizes: Annotated[tuple[str, ...], arg(metavar="SIZE ...")] = ()
     """WIDTHxDEPTH, WIDTHxDEPTHxHEADS, or a name of the paper's family (2.4M ... 4.8B)."""
-    arms: tuple[str, ...] | None = None
+    arms: Annotated[tuple[str, ...], arg(metavar="ARM ...")] = ()
     """Interventions, joined by + within an arm: baseline no_qk_norm warmup:100+no_z_loss optim.beta2=0.99."""
-    lrs: tuple[float, ...] | None = None
-    """Peak learning rates; the paper's 7-rate ladder by default."""
-    seeds: tuple[int, ...] | None = None
+    lrs: Annotated[tuple[float, ...], arg(metavar="RATE ...")] = ()
+    """Peak learning rates; the paper's 7-rate ladder if neither here nor in the file."""
+    seeds: Annotated[tuple[int, ...], arg(metavar="SEED ...")] = ()
     """Seeds; each draws weights and batches."""
-    set: UseAppendAction[tuple[str, ...]] = ()
+    set: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="PATH=VALUE")] = ()
     """Any setting of every run, by its path: --set steps=500 --set data.source=book.txt."""
     processes: int = 0
     """Worker processes of one thread each; 0 takes one a core."""
+    sinks: Annotated[tuple[str, ...], arg(metavar="TRACKER:WHERE ...")] = ()
+    """Trackers to mirror every run to: tensorboard:DIR, wandb:PROJECT, mlflow:URI, trackio:PROJECT."""
+    mirror: Annotated[str | None, arg(metavar="URL")] = None
+    """fsspec URL to copy every run folder to as it grows."""
     dry_run: bool = False
     """Only print the runs that would be trained."""
     report: bool = True
@@ -71,26 +79,30 @@ class Sweep:
         given = {name: getattr(self, name) for name in ("name", "sizes", "arms", "lrs", "seeds")}
         changes = dict(_assignment(text) for text in self.set)
         base = override(spec.base, changes, where="--set")
-        spec = dataclasses.replace(spec, base=base, **{k: v for k, v in given.items() if v is not None})
+        spec = dataclasses.replace(spec, base=base, **{k: v for k, v in given.items() if v})
         if self.dry_run:
             for planned in expand(spec):
                 ref = planned.ref
                 print(f"{ref.run_id}  {ref.size:>8}  {ref.arm}  lr {ref.lr:g}  seed {ref.seed}")
             return 0
-        return _sweep_and_report(spec, self.out, self.processes, report=self.report)
+        return _sweep_and_report(
+            spec, self.out, self.processes, report=self.report, sinks=self.sinks, mirror=self.mirror
+        )
 
 
 @dataclass(frozen=True)
 class Run:
-    """Train the runs of these folders (each with its config.yaml) as one fleet, in this process: what a sweep's jobs call."""
+    """Train the runs of these folders (each with its config.yaml) in this process: what a sweep's jobs call."""
 
-    folders: Positional[tuple[Path, ...]]
+    folders: Positional[Annotated[tuple[Path, ...], arg(metavar="FOLDER ...")]]
     """Run folders whose configs may share a fleet."""
+    fleet_size: int = 0
+    """Runs trained at a time; 0 takes all at once."""
     device: str = "cpu"
     """cpu, cuda, cuda:1, ..."""
-    sinks: tuple[str, ...] = ()
-    """Trackers to mirror to, such as tensorboard:DIR, wandb:PROJECT, mlflow:URI, trackio:PROJECT."""
-    mirror: str | None = None
+    sinks: Annotated[tuple[str, ...], arg(metavar="TRACKER:WHERE ...")] = ()
+    """Trackers to mirror to: tensorboard:DIR, wandb:PROJECT, mlflow:URI, trackio:PROJECT."""
+    mirror: Annotated[str | None, arg(metavar="URL")] = None
     """fsspec URL to copy the run folders to as they grow."""
     lifeline: bool = False
     """End when standard input ends."""
@@ -100,11 +112,15 @@ class Run:
 
         if self.lifeline:
             watch_lifeline()
-        for folder, summary in zip(
-            self.folders, run_folders(self.folders, device=self.device, sinks=self.sinks, mirror=self.mirror), strict=True
-        ):
-            end = f"diverged at step {summary['diverged_step']}" if summary["final_loss"] is None else f"loss {summary['final_loss']:.4f}"
-            print(f"{folder.name}: {end}")
+        summaries = run_folders(
+            self.folders, fleet_size=self.fleet_size, device=self.device, sinks=self.sinks, mirror=self.mirror
+        )
+        for folder, summary in zip(self.folders, summaries, strict=True):
+            died = summary["diverged_step"]
+            print(
+                f"{folder.name}: "
+                + (f"diverged at step {died}" if died is not None else f"loss {summary['final_loss']:.4f}")
+            )
         return 0
 
 
@@ -112,13 +128,15 @@ class Run:
 class Report:
     """Write the HTML page, its numbers as JSON, and publication figures of a study."""
 
-    study: Positional[Path]
+    study: Positional[str]
     """Study folder, or the fsspec URL of one."""
     out: Path | None = None
-    """Where to write; the study folder by default."""
+    """Folder to write into; report/ in the study folder by default."""
+    figures: bool = True
+    """Also draw the publication figures, PNG and SVG (needs the extra `plots`)."""
 
     def run(self) -> int:
-        return _report(self.study, self.out)
+        return _report(self.study, self.out, figures=self.figures)
 
 
 @dataclass(frozen=True)
@@ -164,7 +182,9 @@ class Claims:
         from aftershock.claims.study import judge_all
 
         if self.run_:
-            judge_all(self.run_, self.out, processes=self.processes, on_progress=_progress_bar)
+            from aftershock.report.progress import progress_bar
+
+            judge_all(self.run_, self.out, processes=self.processes, on_progress=progress_bar)
         if self.json:
             print(scoreboard_json())
         else:
@@ -197,29 +217,40 @@ def _assignment(text: str) -> tuple[str, str]:
     return path, value
 
 
-def _sweep_and_report(spec, folder: Path, processes: int, *, report: bool) -> int:  # noqa: ANN001
-    from aftershock.console import clock, progress_bar
+def _sweep_and_report(
+    spec: SweepSpec,
+    folder: Path,
+    processes: int,
+    *,
+    report: bool,
+    sinks: Sequence[str] = (),
+    mirror: str | None = None,
+) -> int:
     from aftershock.lab.launch import LocalLauncher
     from aftershock.lab.sweep import run_sweep
-
-    import time
+    from aftershock.report.progress import clock, progress_bar
 
     started = time.monotonic()
     with progress_bar(spec.name) as on_progress:
-        result = run_sweep(spec, folder, launcher=LocalLauncher(num_processes=processes), on_progress=on_progress)
-    print(f"{result.num_trained} runs trained, {result.num_kept} kept, in {clock(time.monotonic() - started)}: {folder}")
+        launcher = LocalLauncher(num_processes=processes)
+        result = run_sweep(spec, folder, launcher=launcher, on_progress=on_progress, sinks=sinks, mirror=mirror)
+    print(
+        f"{result.num_trained} runs trained, {result.num_kept} kept, in {clock(time.monotonic() - started)}: {folder}"
+    )
     if report:
-        _report(folder, None)
+        _report(folder, None, figures=False)
     for failure in result.failures:
         print(f"aftershock: {failure}", file=sys.stderr)
     return FAILED if result.failures else 0
 
 
-def _report(study: Path, out: Path | None) -> int:
+def _report(study: str | Path, out: Path | None, *, figures: bool) -> int:
     from aftershock.report.page import write_report
-    from aftershock.report.terminal import print_study
+    from aftershock.report.terminal import print_result
 
-    paths = write_report(study, out=out)
-    print_study(study)
-    print(f"report: {paths.html}")
+    paths = write_report(study, out=out, figures="on" if figures else "off")
+    print_result(study)
+    print(f"\nreport: {paths.html}")
+    if paths.figures:
+        print(f"figures: {paths.figures[0].parent}")
     return 0

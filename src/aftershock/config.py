@@ -74,10 +74,16 @@ def dump_yaml(config: Any) -> str:
 def override(config: T, changes: Mapping[str, Any], *, where: str = "override") -> T:
     """`config` with dotted paths replaced: `override(run, {"model.width": 64})`.
 
-    Values may be strings, which are read as YAML scalars ("1e-3", "true"). Raises ValueError on an unknown path.
+    Values may be strings, which are read as YAML scalars ("1e-3", "true"). Another `kind` (`{"data.kind": "modular"}`)
+    puts the defaults of that kind in place of the old settings, before any other change is made, whatever the order.
+    Raises ValueError on an unknown path.
     """
     data = to_dict(config)
-    for path, value in changes.items():
+    values = {path: _scalar(value, f"{where}: {path}") for path, value in changes.items()}
+    for path, value in values.items():
+        if path.endswith(".kind"):
+            _switch_kind(config, data, path.split(".")[:-1], value, where)
+    for path, value in values.items():
         parts = path.split(".")
         inner = data
         for part in parts[:-1]:
@@ -86,7 +92,7 @@ def override(config: T, changes: Mapping[str, Any], *, where: str = "override") 
             inner = inner[part]
         if parts[-1] not in inner:
             raise ValueError(f"{where}: unknown key {path!r}{nearest(path, leaves(data))}")
-        inner[parts[-1]] = yaml.load(value, _Loader) if isinstance(value, str) else value
+        inner[parts[-1]] = value
     return from_dict(type(config), data, where=where)
 
 
@@ -115,6 +121,24 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(options)}"
 
 
+def _scalar(value: Any, where: str) -> Any:
+    try:
+        return yaml.load(value, _Loader) if isinstance(value, str) else value
+    except yaml.YAMLError:
+        raise ValueError(f"{where}: {value!r} is not readable as a YAML value; quote it") from None
+
+
+def _switch_kind(config: Any, data: dict[str, Any], path: list[str], kind: Any, where: str) -> None:
+    """Where `path` leads to a tagged union of another kind, put its defaults in `data`; mistakes are found later."""
+    for part in path[:-1]:
+        config, data = getattr(config, part, None), data.get(part, {})
+    current = getattr(config, path[-1], None)
+    if not dataclasses.is_dataclass(current) or getattr(current, "kind", kind) == kind:
+        return
+    hint = typing.get_type_hints(type(config))[path[-1]]
+    data[path[-1]] = to_dict(_parse(hint, {"kind": kind}, f"{where}: {'.'.join(path)}"))
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -138,7 +162,7 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
         if value in args:
             return value
         raise ValueError(f"{where}: got {value!r}{nearest(str(value), map(str, args))}")
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_dict(hint, value, where=where)
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_parse(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
@@ -162,13 +186,15 @@ def _parse_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
     """Optional values, and tagged unions of dataclasses that are told apart by their `kind` field."""
     if value is None and type(None) in args:
         return None
-    tagged = [a for a in args if dataclasses.is_dataclass(a)]
+    tagged = [a for a in args if isinstance(a, type) and dataclasses.is_dataclass(a)]
     if not tagged:
         return _parse(next(a for a in args if a is not type(None)), value, where)
     if dataclasses.is_dataclass(value):
         return value
     kinds = {f.default: a for a in tagged for f in dataclasses.fields(a) if f.name == "kind"}
-    kind = value.get("kind", next(iter(kinds))) if isinstance(value, Mapping) else value
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: expected a mapping of settings, got {type(value).__name__} {value!r}")
+    kind = value.get("kind", next(iter(kinds)))
     if kind not in kinds:
         raise ValueError(f"{where}.kind: got {kind!r}{nearest(str(kind), map(str, kinds))}")
     return from_dict(kinds[kind], value, where=where)

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from aftershock.forecast.sensitivity import (
     LossRow,
     bootstrap_sensitivity,
+    failing_lr,
     lr_sensitivity,
     read_losses_csv,
+    run_fails,
     sensitivity_table,
 )
 
@@ -291,3 +293,39 @@ def test_planted_unreadable_csv(tmp_path: Path) -> None:
     (tmp_path / "latin.csv").write_bytes(b"group,lr,loss\ncaf\xe9,1,2\n")
     with pytest.raises(ValueError, match=r"latin.csv: not readable as a CSV text file"):
         read_losses_csv(tmp_path / "latin.csv")
+
+
+# ------------------------------------------------------------------------------------------------- where training fails
+
+STABLE = (3.389, 2.718, 2.467, 2.293, 2.322, 2.454, 2.535)
+BREAKING = (3.386, 2.722, 2.467, 2.285, 2.383, 2.753, 2.951)
+
+
+def test_planted_failing_rate_is_found() -> None:
+    """planted: the gain is 4.1, so a loss of 2.70 or more fails; low rates lose more than that and do not count."""
+    assert failing_lr(LRS, STABLE, 6.4) is None
+    assert failing_lr(LRS, BREAKING, 6.4) == 1e-1
+    assert failing_lr(LRS[::-1], BREAKING[::-1], 6.4) == 1e-1
+    assert failing_lr(LRS, [*BREAKING[:4], None, 2.3, math.inf], 6.4) == 3e-2
+
+
+def test_planted_run_fails_beyond_a_tenth_of_the_gain() -> None:
+    assert not run_fails(2.4, best=2.0, l0=6.1)
+    assert run_fails(2.5, best=2.0, l0=6.1)
+    assert all(run_fails(loss, best=2.0, l0=6.1) for loss in (None, math.nan, math.inf, 6.2))
+
+
+@pytest.mark.parametrize(
+    ("lrs", "losses", "l0", "words"),
+    [
+        ((0.1,), (2.0, 3.0), 6.0, "1 rates and 2 losses"),
+        ((0.1, 0.1), (2.0, 3.0), 6.0, "distinct"),
+        ((0.1, -0.1), (2.0, 3.0), 6.0, "positive"),
+        ((0.1, 0.3), (None, math.nan), 6.0, "every run"),
+        ((), (), 6.0, "no losses"),
+        ((0.1, 0.3), (2.0, 3.0), math.nan, "l0"),
+    ],
+)
+def test_failing_lr_refuses(lrs: tuple[float, ...], losses: tuple[float | None, ...], l0: float, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        failing_lr(lrs, losses, l0)

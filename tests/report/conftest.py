@@ -12,6 +12,7 @@ import pytest
 
 from aftershock.config import override
 from aftershock.lab.recipe import PAPER_LRS, RunConfig
+from aftershock.report.numbers import study_numbers
 from aftershock.store.study import RunRef, write_manifest
 from aftershock.store.writer import RunWriter
 
@@ -57,6 +58,12 @@ def build_study(tmp_path_factory: pytest.TempPathFactory) -> StudyBuilder:
 def full_study(build_study: StudyBuilder) -> Path:
     """The whole grid, all runs at their end: without qk-layernorm w32-d2 fails from 0.1, w64-d3 from 0.03."""
     return build_study()
+
+
+@pytest.fixture(scope="session")
+def numbers(full_study: Path) -> dict[str, Any]:
+    """`study_numbers` of the whole grid; read only."""
+    return study_numbers(full_study)
 
 
 def _write_run(folder: Path, ref: RunRef, *, seal: bool, tensors: bool) -> None:
@@ -126,7 +133,8 @@ def _stats(
     row: dict[str, float] = {}
     for block in range(depth):
         peak = 3.0 * growth * (1.5 - 0.2 * block)
-        logit = peak * math.exp(9.0 * (step / died) ** 2) if died else (1.6 * peak if off else min(peak, 5 + growth**0.3))
+        calm = 1.6 * peak if off else min(peak, 5 + growth**0.3)
+        logit = peak * math.exp(9.0 * (step / died) ** 2) if died else calm
         row[f"attn/blocks.{block}/max_logit"] = logit * (1 + 0.05 * rng.random())
         row[f"attn/blocks.{block}/entropy"] = 3.2 / (1 + math.log10(1 + logit))
         row[f"output/blocks.{block}/rms"] = 1 + 0.4 * block + ref.lr * step / 20

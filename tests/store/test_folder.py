@@ -88,10 +88,15 @@ def test_planted_damage_before_the_tail_is_an_error() -> None:
 def test_contract_replacing_is_all_or_nothing(tmp_path: Path) -> None:
     path = tmp_path / "done.json"
     fs.atomic_write(path, b"old")
-    with pytest.raises(RuntimeError), fs.replacing(path) as tmp:
-        tmp.write_bytes(b"half")
-        assert path.read_bytes() == b"old"
-        raise RuntimeError
+
+    def fail() -> None:
+        with fs.replacing(path) as tmp:
+            tmp.write_bytes(b"half")
+            assert path.read_bytes() == b"old"
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["done.json"]
     fs.atomic_write(path, b"new")
@@ -117,7 +122,9 @@ def test_round_trip_plain_values(value: Any) -> None:
 def test_round_trip_any_float_to_the_bit(value: float) -> None:
     back = fs.unspell(json.loads(fs.to_json({"v": [value]})))["v"][0]
     assert isinstance(back, float)
-    assert (math.isnan(back) and math.isnan(value)) or (back == value and math.copysign(1, back) == math.copysign(1, value))
+    assert (math.isnan(back) and math.isnan(value)) or (
+        back == value and math.copysign(1, back) == math.copysign(1, value)
+    )
 
 
 def test_round_trip_numpy_and_paths() -> None:

@@ -1,6 +1,7 @@
 """LR sensitivity: how much final loss a wrong learning rate costs, from anyone's losses.
 
-The metric of Wortsman et al. 2023 (arXiv 2309.14322, section 2.2), its table over groups of runs, and an interval.
+The metric of Wortsman et al. 2023 (arXiv 2309.14322, section 2.2), its table over groups of runs, an interval, and the
+rate at which training fails.
 Shapes: N resamples, R rates. Knows losses only, no runs; imports numpy and `config.nearest`.
 """
 
@@ -18,6 +19,9 @@ import numpy as np
 from aftershock.config import nearest
 
 _COLUMNS = ("group", "lr", "loss")
+
+FAIL_FRAC = 0.1
+"""A run that ends with more than this share of its curve's gain in loss missing has failed. Our choice."""
 
 
 class LossRow(NamedTuple):
@@ -66,6 +70,37 @@ def lr_sensitivity(losses: Iterable[float | None], l0: float) -> float:
     above l0 (then l0 is not the loss at initialisation of these runs).
     """
     return _sensitivity(_capped(losses, l0, "the curve"))
+
+
+def run_fails(loss: float | None, *, best: float, l0: float) -> bool:
+    """Whether a run failed: it diverged, or loss > best + FAIL_FRAC * (l0 - best). Losses in nats.
+
+    `best` is the lowest loss over the rates of the run's own size and arm, `l0` the loss at initialisation. A rate that
+    is too low ends like this too: only a rate above the best one fails for being too high (see `failing_lr`).
+    Source of the rule: none, Wortsman et al. 2023 judge by eye; the share is ours and the same everywhere.
+    """
+    return not _finite(loss) or loss > best + FAIL_FRAC * (l0 - best)
+
+
+def failing_lr(lrs: Iterable[float], losses: Iterable[float | None], l0: float) -> float | None:
+    """The lowest rate above the best one at which `run_fails`; None when none does up to the end of the ladder.
+
+    One final loss [nats] for each rate, in any order. None says no more than that the failing rate lies above the
+    highest one tried (it is censored there). In a tie the lower rate is the best.
+
+    >>> failing_lr([0.01, 0.03, 0.1, 0.3], [2.3, 2.4, 2.9, None], l0=6.4)
+    0.1
+
+    Raises ValueError as `lr_sensitivity` does, and when the rates are not positive numbers, one for each loss.
+    """
+    ladder, curve = list(lrs), list(losses)
+    if len(ladder) != len(curve) or len(set(ladder)) != len(ladder):
+        raise ValueError(f"give one loss for each of distinct rates, got {len(ladder)} rates and {len(curve)} losses")
+    if not all(math.isfinite(lr) and lr > 0 for lr in ladder):
+        raise ValueError(f"a learning rate must be a positive number, got {_rates(ladder)}")
+    best, best_lr = min(zip(_capped(curve, l0, "the curve"), ladder, strict=True))
+    failing = [lr for lr, loss in zip(ladder, curve, strict=True) if lr > best_lr and run_fails(loss, best=best, l0=l0)]
+    return min(failing, default=None)
 
 
 def sensitivity_table(rows: Iterable[LossRow], l0: float) -> list[GroupSensitivity]:

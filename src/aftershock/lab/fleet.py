@@ -1,8 +1,8 @@
 """A fleet: K replicas of one architecture, each with its own hyper-parameters, seed and data, trained in lockstep.
 
 Legend: K replicas, B batch, T positions, N = B*T tokens, P parameters of one replica, V vocabulary.
-A step is (state, batch) -> (state, record), the state updated in place. Replicas never meet in an operation, so one that
-goes non-finite leaves the others bitwise unchanged: it is retired, its row frozen at its last healthy value.
+A step is (state, batch) -> (state, record), the state updated in place. Replicas never meet in an operation, so one
+that goes non-finite leaves the others bitwise unchanged: it is retired, its row frozen at its last healthy value.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from aftershock.lab.recipe import RunConfig, fleet_key
 
 
 class FleetState(NamedTuple):
-    """All that changes from step to step. `step` is the next to take; `retired_at_K` the step a replica died at, or -1."""
+    """All that changes. `step` is the next to take; `retired_at_K` the step a replica died at, or -1."""
 
     optim: OptimState
     retired_at_K: Tensor
@@ -54,7 +54,7 @@ class Fleet:
         batches: Batches | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        _check_same(configs)
+        check_same(configs)
         self.configs = list(configs)
         self.device = torch.device(device)
         shared = configs[0]
@@ -102,13 +102,15 @@ class Fleet:
         if probe is not None:
             signals |= self._named("grad_clipped", self.layout.rms(grads_KP))
             signals |= self._named("param", self.layout.rms(state.optim.params_KP))
-            signals |= self._named("update", self.layout.rms(self.optimizer.unscaled_update(state.optim, step=state.step)))
+            signals |= self._named(
+                "update", self.layout.rms(self.optimizer.unscaled_update(state.optim, step=state.step))
+            )
         record = StepRecord(ce_K, total_K, grad_norm_K, alive_K, signals)
         return FleetState(state.optim, retired_at_K, state.step + 1), record
 
     @torch.no_grad()
     def evaluate(self, state: FleetState) -> dict[str, Tensor]:
-        """Held-out cross-entropy (nats a token) and accuracy of every replica, on the same sequences for all: each [K]."""
+        """Held-out cross-entropy (nats a token) and accuracy of every replica, each [K], on the same sequences."""
         batch = self.batches.eval(self.configs[0].eval_sequences)
         params = self._leaves(state)
         sums = {"loss/eval/ce": torch.zeros(self.size, dtype=torch.float64, device=self.device)}
@@ -164,7 +166,8 @@ class Fleet:
         return {f"{kind}/{name}/rms": rms_K for name, rms_K in zip(self.layout.names, rms_KX.unbind(1), strict=True)}
 
 
-def _check_same(configs: Sequence[RunConfig]) -> None:
+def check_same(configs: Sequence[RunConfig]) -> None:
+    """Raises ValueError if these runs cannot train in lockstep, naming the fields that differ."""
     if not configs:
         raise ValueError("a fleet needs at least one run")
     first = leaves(to_dict(fleet_key(configs[0])))
@@ -172,4 +175,7 @@ def _check_same(configs: Sequence[RunConfig]) -> None:
         other = leaves(to_dict(fleet_key(config)))
         differ = sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
         if differ:
-            raise ValueError(f"runs of one fleet may differ only in optimizer settings and seeds; these differ in {', '.join(differ)}")
+            names = ", ".join(differ)
+            raise ValueError(
+                f"runs of one fleet may differ only in optimizer settings and seeds; these differ in {names}"
+            )

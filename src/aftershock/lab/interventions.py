@@ -1,4 +1,4 @@
-"""Interventions: functions config -> config that report what they touched. `warmup:100` is `warmup` with the argument 100.
+"""Interventions: functions config -> config that report what they touched. `warmup:100` is `warmup` with argument 100.
 
 An arm of a study is one or more of them joined by `+` (`no_qk_norm+warmup:100`), or `baseline`, which touches nothing.
 Definitions: Wortsman et al. 2023 (arXiv 2309.14322), sections 3 and E. Touching nothing is an error.
@@ -6,6 +6,7 @@ Definitions: Wortsman et al. 2023 (arXiv 2309.14322), sections 3 and E. Touching
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -57,7 +58,9 @@ INTERVENTIONS: dict[str, Intervention] = {
     "eps": Intervention("this AdamW eps", _set("optim.eps"), "1e-15"),
     "clip": Intervention("gradient clipping at this global norm", _set("optim.clip_norm"), "0.1"),
     "no_clip": Intervention("no gradient clipping", _fixed(optim__clip_norm=None)),
-    "parameter_lr": Intervention("rate times the RMS of each tensor, as AdaFactor", _fixed(optim__lr_scale="parameter_rms")),
+    "parameter_lr": Intervention(
+        "rate times the RMS of each tensor, as AdaFactor", _fixed(optim__lr_scale="parameter_rms")
+    ),
     "mup": Intervention("muParam: simple, intermediate or full", _set("model.mup"), "simple"),
     "inverse_scale": Intervention("attention scale 1/d_h", _fixed(model__attention_scale="inverse")),
     "relu2_attention": Intervention("squared ReLU in place of softmax", _fixed(model__attention="relu2")),
@@ -68,7 +71,12 @@ INTERVENTIONS: dict[str, Intervention] = {
     "bf16": Intervention("the paper's bf16 layout", _fixed(precision__matmul="bfloat16")),
     "float64": Intervention(
         "float64 throughout",
-        _fixed(precision__params="float64", precision__loss="float64", precision__matmul="params", precision__logits="params"),
+        _fixed(
+            precision__params="float64",
+            precision__loss="float64",
+            precision__matmul="params",
+            precision__logits="params",
+        ),
     ),
 }
 """Name to intervention; `argument` holds an example, which is also what the contract test uses."""
@@ -83,20 +91,26 @@ def apply(config: RunConfig, arm: str) -> Touched:
     Raises ValueError for an unknown name (with the nearest), a missing or needless argument, or no effect.
     """
     touched: dict[str, tuple[Any, Any]] = {}
-    for part in [] if arm == BASELINE else arm.split("+"):
+    # A plus before a digit belongs to a number: model.rope_base=1e+4.
+    for part in [] if arm == BASELINE else re.split(r"\+(?!\d)", arm):
         before = leaves(to_dict(config))
         config = override(config, _changes(part), where=f"arm {arm!r}")
         after = leaves(to_dict(config))
-        changed = {path: (before[path], after[path]) for path in before if before[path] != after[path]}
+        # Another `kind` has other fields: one that is absent reads as None.
+        pairs = {path: (before.get(path), after.get(path)) for path in before | after}
+        changed = {path: pair for path, pair in pairs.items() if pair[0] != pair[1]}
         if not changed:
             raise ValueError(f"arm {arm!r}: {part!r} changes nothing in this config; drop it or change its argument")
         touched |= {path: (touched.get(path, pair)[0], pair[1]) for path, pair in changed.items()}
+    touched = {path: pair for path, pair in touched.items() if pair[0] != pair[1]}
+    if arm != BASELINE and not touched:
+        raise ValueError(f"arm {arm!r}: its parts undo each other; write {BASELINE!r}")
     return Touched(config, touched)
 
 
 def _changes(part: str) -> Mapping[str, Any]:
     name, colon, argument = part.partition(":")
-    if "=" in part and not colon:  # model.rope_base=5000: any field, for what has no name of its own
+    if "=" in name:  # model.rope_base=5000: any field, for what has no name of its own
         path, _, value = part.partition("=")
         return {path: value}
     intervention = INTERVENTIONS.get(name)

@@ -1,4 +1,4 @@
-"""What `aftershock run FOLDER...` does: train the runs of these folders as one fleet, in this process, on one thread."""
+"""What `aftershock run FOLDER...` does: train the runs of these folders, as fleets, in this process, on one thread."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 
 from aftershock.config import load_yaml
 from aftershock.lab.data import build_batches
-from aftershock.lab.fleet import Fleet
+from aftershock.lab.fleet import Fleet, check_same
 from aftershock.lab.recipe import RunConfig
 from aftershock.lab.train import OnStep, train_fleet
 from aftershock.store.folder import atomic_write
@@ -28,30 +28,42 @@ PROGRESS_INTERVAL_S = 0.5
 
 
 def run_folders(
-    folders: Sequence[Path], *, device: str = "cpu", sinks: Sequence[str] = (), mirror: str | None = None
+    folders: Sequence[Path],
+    *,
+    fleet_size: int = 0,
+    device: str = "cpu",
+    sinks: Sequence[str] = (),
+    mirror: str | None = None,
 ) -> list[dict[str, Any]]:
-    """Train the run of each folder's `config.yaml`; returns the summaries.
+    """Train the run of each folder's `config.yaml`, `fleet_size` at a time (0: all at once); returns the summaries.
 
     Raises ValueError where a folder has no config, the configs cannot share a fleet, or another process writes one.
     """
     torch.set_num_threads(1)
     configs = [load_yaml(RunConfig, folder / "config.yaml") for folder in folders]
+    check_same(configs)
     batches = build_batches(configs[0].data)
-    with ExitStack() as stack:
-        writers = [
-            stack.enter_context(
-                RunWriter.open(
-                    folder,
-                    config=config,
-                    env={"data": batches.describe()},
-                    sinks=[sink_from_spec(spec) for spec in sinks],
-                    mirror=mirror,
+    size = fleet_size or len(folders)
+    summaries: list[dict[str, Any]] = []
+    for start in range(0, len(folders), size):
+        here = slice(start, start + size)
+        fleet = Fleet(configs[here], batches=batches, device=device)
+        with ExitStack() as stack:
+            writers = [
+                stack.enter_context(
+                    RunWriter.open(
+                        folder,
+                        config=config,
+                        env={"data": batches.describe()},
+                        sinks=[sink_from_spec(spec) for spec in sinks],
+                        mirror=None if mirror is None else f"{mirror.rstrip('/')}/{folder.name}",
+                    )
                 )
-            )
-            for folder, config in zip(folders, configs, strict=True)
-        ]
-        fleet = Fleet(configs, batches=batches, device=device)
-        return train_fleet(fleet, writers, on_step=_progress_file(folders[0] / PROGRESS_FILE))
+                for folder, config in zip(folders[here], configs[here], strict=True)
+            ]
+            on_step = _progress_file(folders[start] / PROGRESS_FILE, num_runs=fleet.size)
+            summaries += train_fleet(fleet, writers, on_step=on_step)
+    return summaries
 
 
 def watch_lifeline() -> None:
@@ -64,13 +76,13 @@ def watch_lifeline() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _progress_file(path: Path) -> OnStep:
+def _progress_file(path: Path, *, num_runs: int) -> OnStep:
     last = 0.0
 
     def on_step(done: int, total: int) -> None:
         nonlocal last
         if time.monotonic() - last >= PROGRESS_INTERVAL_S or done == total:
             last = time.monotonic()
-            atomic_write(path, json.dumps({"step": done, "steps": total}).encode())
+            atomic_write(path, json.dumps({"step": done, "steps": total, "runs": num_runs}).encode())
 
     return on_step

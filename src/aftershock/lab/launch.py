@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -37,9 +38,15 @@ class Launcher(Protocol):
     def cancel(self, handle: str) -> None: ...
 
 
-def job_for(folders: list[Path], log: Path) -> Job:
-    """The command that trains these run folders as one fleet: `aftershock run FOLDER...`."""
-    command = (sys.executable, "-m", "aftershock", "run", *(str(folder) for folder in folders))
+def job_for(
+    folders: list[Path], *, fleet_size: int, log: Path, sinks: Sequence[str] = (), mirror: str | None = None
+) -> Job:
+    """The command that trains these run folders, so many at a time: `aftershock run FOLDER... --fleet-size K`."""
+    paths = [str(folder.resolve()) for folder in folders]
+    flags = ["--fleet-size", str(fleet_size)]
+    flags += ["--sinks", *sinks] if sinks else []
+    flags += ["--mirror", mirror] if mirror else []
+    command = (sys.executable, "-m", "aftershock", "run", *paths, *flags)
     return Job(folders[0].name, command, tuple(folders), log)
 
 
@@ -72,10 +79,16 @@ class LocalLauncher:
         return handle
 
     def poll(self, handle: str) -> JobState:
-        code = self._processes[handle].poll()
-        return "running" if code is None else "done" if code == 0 else "failed"
+        process = self._processes[handle]
+        code = process.poll()
+        if code is None:
+            return "running"
+        assert process.stdin is not None
+        process.stdin.close()
+        return "done" if code == 0 else "failed"
 
     def cancel(self, handle: str) -> None:
         process = self._processes[handle]
         process.kill()
         process.wait()
+        self.poll(handle)

@@ -21,7 +21,7 @@ MIN_PARAMETER_RMS = 1e-3
 
 
 def schedule(config: OptimConfig, step: int, num_steps: int) -> float:
-    """Learning rate of 0-based `step`: linear from 0 over the warm-up, then cosine to the absolute `min_lr`, or constant.
+    """Learning rate of 0-based `step`: linear from 0 in the warm-up, then cosine to the absolute `min_lr`, or constant.
 
     lr(t) = lr * t / W for t < W; then min_lr + (lr - min_lr) * (1 + cos(pi (t - W) / (num_steps - W))) / 2.
     """
@@ -68,17 +68,21 @@ class AdamW:
     def step(self, state: OptimState, grads_KP: Tensor, *, step: int, divide_K: Tensor, veto_K: Tensor) -> None:
         """Update `state` in place at 0-based `step` from `grads_KP`, which is divided by `divide_K` in place.
 
-        A row whose `veto_K` is 1.0 is left untouched to the bit, moments included. No value is read by the host.
+        A row whose `veto_K` is 1.0 is left untouched to the bit, moments included. No value is read by the host, but
+        for the parameter RMS where that scales the rate.
         """
+        if grads_KP.dtype == torch.float64:  # the kernel takes its divisor in float32 only
+            grads_KP.div_(divide_K[:, None])
+            divide_K = torch.ones_like(veto_K)
+        rms_by_row = self.layout.rms(state.params_KP).tolist() if self.by_rms else None
         count = torch.tensor(float(step + 1), device=grads_KP.device)
         for k, config in enumerate(self.configs):
             lr = schedule(config, step, self.num_steps)
-            for start, stop, factor in self.sections:
-                params_C = state.params_KP[k, start:stop]
-                if self.by_rms:
-                    factor *= max(MIN_PARAMETER_RMS, float(params_C.square().mean().sqrt()))
+            for i, (start, stop, factor) in enumerate(self.sections):
+                if rms_by_row is not None:
+                    factor *= max(MIN_PARAMETER_RMS, rms_by_row[k][i])
                 torch._fused_adamw_(
-                    [params_C],
+                    [state.params_KP[k, start:stop]],
                     [grads_KP[k, start:stop]],
                     [state.exp_avg_KP[k, start:stop]],
                     [state.exp_avg_sq_KP[k, start:stop]],
@@ -97,17 +101,19 @@ class AdamW:
 
     def unscaled_update(self, state: OptimState, *, step: int) -> Tensor:
         """Delta [K, P] of the step just taken: m_hat / (sqrt(v_hat) + eps), without learning rate and without decay."""
-        column = lambda name: torch.tensor(  # noqa: E731 - a local column of one setting per replica
-            [getattr(c, name) for c in self.configs], dtype=state.params_KP.dtype, device=state.params_KP.device
-        )[:, None]
-        m_scale_K1 = 1 - column("beta1") ** (step + 1)
-        v_scale_K1 = (1 - column("beta2") ** (step + 1)).sqrt()
-        denominator_KP = state.exp_avg_sq_KP.sqrt().div_(v_scale_K1).add_(column("eps"))
+        # In Python's float64: in float32, 1 - beta2^t of a beta2 near 1 keeps few digits.
+        m_scale_K1 = self._column(state, [1 - c.beta1 ** (step + 1) for c in self.configs])
+        v_scale_K1 = self._column(state, [math.sqrt(1 - c.beta2 ** (step + 1)) for c in self.configs])
+        eps_K1 = self._column(state, [c.eps for c in self.configs])
+        denominator_KP = state.exp_avg_sq_KP.sqrt().div_(v_scale_K1).add_(eps_K1)
         return (state.exp_avg_KP / denominator_KP).div_(m_scale_K1)
+
+    def _column(self, state: OptimState, values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=state.params_KP.dtype, device=state.params_KP.device)[:, None]
 
 
 def _kernel_decay(config: OptimConfig, lr: float, factor: float) -> float:
-    """The kernel multiplies by 1 - lr_group * decay. Independent decay wants 1 - s_t * lambda whatever the group's rate."""
+    """The kernel multiplies by 1 - lr_group * decay; independent decay wants 1 - s_t * lambda at any group's rate."""
     if config.decay == "coupled":
         return config.weight_decay
     return config.weight_decay / (config.lr * factor) if lr > 0 else 0.0

@@ -8,6 +8,7 @@ Holds no torch: a sweep of a thousand runs is planned without loading it.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,9 +21,15 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _require_finite(section: str, config: object) -> None:
+    for name, value in vars(config).items():
+        if isinstance(value, float):
+            _require(math.isfinite(value), f"{section}.{name} must be a finite number, got {value}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LanguageData:
-    """Next-token prediction on text. `source`: `stdlib` (the interpreter's own library), a file or folder, or a `.bin`."""
+    """Next-token prediction on text. `source`: `stdlib` (the interpreter's own library), a file, folder or `.bin`."""
 
     kind: Literal["language"] = "language"
     source: str = "stdlib"
@@ -39,7 +46,7 @@ class LanguageData:
 
 @dataclass(frozen=True, kw_only=True)
 class ModularData:
-    """Modular arithmetic `a op b = c (mod p)`: the grokking task (Power et al. 2022, arXiv 2201.02177, appendix A.1)."""
+    """Modular arithmetic `a op b = c (mod p)`, the grokking task (Power et al. 2022, arXiv 2201.02177, A.1)."""
 
     kind: Literal["modular"] = "modular"
     modulus: int = 97
@@ -77,6 +84,7 @@ class DecoderConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
+        _require_finite("model", self)
         _require(self.width >= 2, f"model.width must be at least 2, got {self.width}")
         _require(self.depth >= 0, f"model.depth must be 0 (the bigram network) or more, got {self.depth}")
         _require(self.heads >= 1, f"model.heads must be at least 1, got {self.heads}")
@@ -86,11 +94,17 @@ class DecoderConfig:
         )
         _require(
             self.head_dim % 2 == 0,
-            f"head dimension {self.head_dim} (= width {self.width} / heads {self.heads}) must be even for rotary positions",
+            f"head dimension {self.head_dim} (= width {self.width} / heads {self.heads}) must be even for rotary "
+            "positions; choose other heads",
         )
         _require(self.mlp_ratio >= 1, f"model.mlp_ratio must be at least 1, got {self.mlp_ratio}")
         _require(self.mup_base_width >= 1, f"model.mup_base_width must be at least 1, got {self.mup_base_width}")
-        _require(self.logit_scale is None or self.logit_scale > 0, "model.logit_scale (kappa) must be above 0")
+        _require(
+            self.logit_scale is None or self.logit_scale > 0,
+            f"model.logit_scale (kappa) must be above 0, or null for none, got {self.logit_scale}",
+        )
+        _require(self.rope_base > 0, f"model.rope_base must be above 0, got {self.rope_base:g}")
+        _require(self.norm_eps > 0, f"model.norm_eps must be above 0, got {self.norm_eps:g}")
 
     @property
     def head_dim(self) -> int:
@@ -106,7 +120,8 @@ class MlpConfig:
     hidden: int = 256
 
     def __post_init__(self) -> None:
-        _require(self.embed >= 1 and self.hidden >= 1, "model.embed and model.hidden must be at least 1")
+        for name in ("embed", "hidden"):
+            _require(getattr(self, name) >= 1, f"model.{name} must be at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +146,7 @@ class OptimConfig:
     lr_scale: Literal["none", "parameter_rms"] = "none"
 
     def __post_init__(self) -> None:
+        _require_finite("optim", self)
         _require(self.lr > 0, f"optim.lr must be above 0, got {self.lr:g}")
         _require(0 <= self.min_lr, f"optim.min_lr must be at least 0, got {self.min_lr:g}")
         _require(
@@ -142,7 +158,10 @@ class OptimConfig:
             _require(0 <= beta < 1, f"optim.{name} must lie in [0, 1), got {beta}")
         _require(self.eps > 0, f"optim.eps must be above 0, got {self.eps:g}")
         _require(self.weight_decay >= 0, f"optim.weight_decay must be at least 0, got {self.weight_decay:g}")
-        _require(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm must be above 0, or null for no clipping")
+        _require(
+            self.clip_norm is None or self.clip_norm > 0,
+            f"optim.clip_norm must be above 0, or null for no clipping, got {self.clip_norm}",
+        )
         _require(self.z_loss >= 0, f"optim.z_loss must be at least 0, got {self.z_loss:g}")
 
 
@@ -184,7 +203,9 @@ class RunConfig:
         for name in ("measure_every", "eval_every", "snapshot_every"):
             _require(getattr(self, name) >= 0, f"{name} must be at least 0 (0 = never), got {getattr(self, name)}")
         _require(self.eval_sequences >= 1, f"eval_sequences must be at least 1, got {self.eval_sequences}")
-        _require(self.seed >= 0 and self.data_seed >= 0, "seed and data_seed must be at least 0")
+        # torch's CPU generator reads 32 bits of a seed: 0 and 2^32 would be one run under two names.
+        _require(0 <= self.seed < 2**32, f"seed must lie in [0, 2^32), got {self.seed}")
+        _require(0 <= self.data_seed < 2**63, f"data_seed must lie in [0, 2^63), got {self.data_seed}")
         _require(
             self.optim.warmup_steps <= self.steps,
             f"optim.warmup_steps={self.optim.warmup_steps} exceeds steps={self.steps}; shorten it or train longer",

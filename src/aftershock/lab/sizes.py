@@ -57,7 +57,9 @@ def parse_size(text: str) -> Size:
         return FAMILY[text]
     match = re.fullmatch(r"(\d+)x(\d+)(?:x(\d+))?", text)
     if match is None:
-        raise ValueError(f"size {text!r} is neither WIDTHxDEPTH[xHEADS] nor a name of the family{nearest(text, FAMILY)}")
+        raise ValueError(
+            f"size {text!r} is neither WIDTHxDEPTH[xHEADS] nor a name of the family{nearest(text, FAMILY)}"
+        )
     width, depth = int(match[1]), int(match[2])
     return Size(width, depth, int(match[3]) if match[3] else default_heads(width))
 

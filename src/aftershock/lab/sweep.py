@@ -112,10 +112,13 @@ def run_sweep(
     launcher: Launcher | None = None,
     on_progress: OnProgress | None = None,
     runs_dir: str | Path = RUNS,
+    sinks: Sequence[str] = (),
+    mirror: str | None = None,
 ) -> SweepResult:
     """Train what is missing of `spec` in `folder` and return when all of it is there.
 
-    `runs_dir` is where the run folders lie, relative to `folder` or absolute; sweeps may share one.
+    `runs_dir` is where the run folders lie, relative to `folder` or absolute; sweeps may share one. `sinks` and
+    `mirror` go to every job (see `store.sinks.sink_from_spec`, `store.mirror`).
     Raises ValueError for a bad setting, unreadable data, or a folder that another sweep is working in - all before
     anything is trained. A run that fails twice does not stop the others: see `SweepResult.failures`.
     """
@@ -130,7 +133,8 @@ def run_sweep(
                 folder, name=spec.name, title=spec.title, runs=[p.ref for p in planned], runs_dir=str(runs_dir)
             )
             fs.atomic_write(folder / "sweep.yaml", dump_yaml(spec).encode())
-            return _Sweep(folder, folder / runs_dir, planned, launcher, on_progress).run()
+            sweep = _Sweep(folder, folder / runs_dir, planned, launcher, on_progress, sinks, mirror)
+            return sweep.run()
         finally:
             lock.release()
 
@@ -153,7 +157,10 @@ class _Sweep:
         planned: Sequence[PlannedRun],
         launcher: Launcher,
         on_progress: OnProgress | None,
+        sinks: Sequence[str],
+        mirror: str | None,
     ) -> None:
+        self.sinks, self.mirror = sinks, mirror
         self.folder, self.runs, self.launcher, self.on_progress = folder, runs, launcher, on_progress
         self.num_runs = len({p.ref.run_id for p in planned})
         unique = {p.ref.run_id: p for p in planned}
@@ -172,7 +179,8 @@ class _Sweep:
                 fs.atomic_write(path, dump_yaml(item.config).encode())
         chunks = self._plan()
         failures = self._work(chunks)
-        return SweepResult(self.folder, self.num_kept, len(self.missing) - len(failures), tuple(failures))
+        num_trained = sum(is_complete(self.runs / item.ref.run_id) for item in self.missing)
+        return SweepResult(self.folder, self.num_kept, num_trained, tuple(failures))
 
     def _plan(self) -> list[Chunk]:
         """Chunks of the missing runs; timings are kept beside the manifest, so that a restart does not repeat them."""
@@ -211,7 +219,14 @@ class _Sweep:
             while waiting or running:
                 while waiting and len(running) < self.launcher.max_parallel:
                     chunk, attempt = waiting.pop(0)
-                    job = job_for(self._folders(chunk), self.folder / "logs" / f"{self._name(chunk)}.log")
+                    log = self.folder / "logs" / f"{self._name(chunk)}.log"
+                    job = job_for(
+                        self._folders(chunk),
+                        fleet_size=chunk.fleet_size,
+                        log=log,
+                        sinks=self.sinks,
+                        mirror=self.mirror,
+                    )
                     running[self.launcher.submit(job)] = (chunk, attempt)
                 time.sleep(POLL_S)
                 for handle, (chunk, attempt) in list(running.items()):
@@ -219,8 +234,7 @@ class _Sweep:
                     if state == "running":
                         continue
                     del running[handle]
-                    unfinished = [f for f in self._folders(chunk) if not is_complete(f)]
-                    if not unfinished:
+                    if not self._folders(chunk):
                         done_s += chunk.seconds
                     elif attempt < TRIES:
                         waiting.insert(0, (chunk, attempt + 1))
@@ -239,16 +253,21 @@ class _Sweep:
         return self.missing[chunk.indices[0]].ref.run_id
 
     def _folders(self, chunk: Chunk) -> list[Path]:
+        """Where the runs of a chunk go that still need training."""
         folders = [self.runs / self.missing[i].ref.run_id for i in chunk.indices]
-        return [f for f in folders if not is_complete(f)] or folders
+        return [folder for folder in folders if not is_complete(folder)]
 
     def _fraction(self, chunk: Chunk) -> float:
-        """Share of its steps a running job has done, from the file it writes into its first folder."""
-        try:
-            record = json.loads((self._folders(chunk)[0] / PROGRESS).read_bytes())
-            return record["step"] / record["steps"]
-        except (FileNotFoundError, ValueError, KeyError):
-            return 0.0
+        """Share of its steps a running job has done: a fleet tells of them in its first member's folder."""
+        unfinished = self._folders(chunk)
+        done = float(len(chunk.indices) - len(unfinished))
+        for folder in unfinished:
+            try:
+                record = json.loads((folder / PROGRESS).read_bytes())
+                done += record["runs"] * record["step"] / record["steps"]
+            except (FileNotFoundError, ValueError, KeyError):
+                continue
+        return min(1.0, done / len(chunk.indices))
 
     def _failure(self, chunk: Chunk) -> str:
         log = self.folder / "logs" / f"{self._name(chunk)}.log"

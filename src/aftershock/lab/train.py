@@ -32,7 +32,8 @@ def train_fleet(fleet: Fleet, writers: Sequence[RunWriter], *, on_step: OnStep |
     state = _restore(fleet, writers)
     first_step = state.step
     initial = fleet.evaluate(fleet.init())
-    recorded_dead = (state.retired_at_K >= 0).tolist()
+    recorded_dead = _recorded_dead(state, writers)
+    record = None
     for step in range(first_step, shared.steps):
         measure = shared.measure_every > 0 and step % shared.measure_every == 0
         if shared.eval_every > 0 and step % shared.eval_every == 0:
@@ -48,9 +49,13 @@ def train_fleet(fleet: Fleet, writers: Sequence[RunWriter], *, on_step: OnStep |
         if on_step is not None:
             on_step(state.step, shared.steps)
     final = fleet.evaluate(state)
+    state, recorded_dead = _retire_last(state, writers, final, recorded_dead)
     _write_eval(writers, state.step, final, recorded_dead)
     seconds = time.perf_counter() - started
-    summaries = [_summary(fleet, k, state, initial, final, seconds, state.step - first_step) for k in range(fleet.size)]
+    last_K = torch.full((fleet.size,), math.nan) if record is None else record.ce_K
+    summaries = [
+        _summary(fleet, k, state, initial, final, last_K, seconds, state.step - first_step) for k in range(fleet.size)
+    ]
     for writer, summary in zip(writers, summaries, strict=True):
         writer.close("finished" if summary["diverged_step"] is None else "diverged", summary)
     return summaries
@@ -82,6 +87,27 @@ def _restore(fleet: Fleet, writers: Sequence[RunWriter]) -> FleetState:
     for writer in writers:
         writer.event("resumed", state.step)
     return state
+
+
+def _recorded_dead(state: FleetState, writers: Sequence[RunWriter]) -> list[bool]:
+    """Who died and has the event to show for it: a process may end between a death and the next logged step."""
+    return [
+        at >= 0 and any(e.kind == "diverged" and e.step == at for e in RunReader(writer.folder).events())
+        for at, writer in zip(state.retired_at_K.tolist(), writers, strict=True)
+    ]
+
+
+def _retire_last(
+    state: FleetState, writers: Sequence[RunWriter], final: Mapping[str, torch.Tensor], recorded_dead: list[bool]
+) -> tuple[FleetState, list[bool]]:
+    """Retire those whose last update broke them: no later step notices it, the evaluation does."""
+    loss_K = final["loss/eval/ce"]
+    dies_K = (state.retired_at_K < 0) & ~torch.isfinite(loss_K)
+    for k in dies_K.nonzero().flatten().tolist():
+        writers[k].event("diverged", state.step, loss=float(loss_K[k]))
+    retired_at_K = torch.where(dies_K, state.step, state.retired_at_K)
+    dead = [a or b for a, b in zip(recorded_dead, dies_K.tolist(), strict=True)]
+    return state._replace(retired_at_K=retired_at_K), dead
 
 
 def _write_step(
@@ -127,6 +153,7 @@ def _summary(
     state: FleetState,
     initial: Mapping[str, torch.Tensor],
     final: Mapping[str, torch.Tensor],
+    last_K: torch.Tensor,
     seconds: float,
     steps_here: int,
 ) -> dict[str, Any]:
@@ -137,12 +164,15 @@ def _summary(
     return {
         "initial_loss": float(initial["loss/eval/ce"][k]),
         "final_loss": None if diverged else _finite(float(final["loss/eval/ce"][k])),
+        "final_train_loss": None if diverged else _finite(float(last_K[k])),
         "final_accuracy": None if diverged else float(final["accuracy/eval/mean"][k]),
         "diverged_step": retired_at if diverged else None,
         "steps": steps,
         "tokens": steps * fleet.configs[k].batch_size * fleet.batches.context,
         "num_params": fleet.layout.size,
-        "num_block_params": sum(p.spec.size for p in fleet.layout.places if p.spec.name not in outside and len(p.spec.shape) > 1),
+        "num_block_params": sum(
+            p.spec.size for p in fleet.layout.places if p.spec.name not in outside and len(p.spec.shape) > 1
+        ),
         "seconds": seconds / fleet.size,
         "steps_this_session": steps_here,
         "fleet_size": fleet.size,

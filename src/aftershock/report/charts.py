@@ -21,16 +21,16 @@ DODGE = 7.0
 
 @dataclass(frozen=True, kw_only=True)
 class Tick:
+    """A label at a coordinate of its axis."""
+
     at: float
     label: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """One seed's final loss. `failed` marks are drawn as crosses on the l0 line or where the run ended."""
+    """One seed's final loss. `failed`: it diverged, and is drawn as a cross on the l0 line."""
 
-    x: float
-    y: float
     title: str
     failed: bool
     path: str
@@ -49,6 +49,8 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
+    """One chart: axes, an optional dotted rule (the initial loss), and a line per arm."""
+
     title: str
     subtitle: str
     label: str
@@ -72,7 +74,7 @@ def loss_panels(numbers: Mapping[str, Any]) -> list[Panel]:
     for size in numbers["sizes"]:
         groups = [g for g in numbers["groups"] if g["size"] == size["size"]]
         l0 = next((g["l0"] for g in groups if g["l0"] is not None), None)
-        lines = [_loss_line(g, numbers, arms.index(g["arm"]), len(arms), rates, scale) for g in groups]
+        lines = [_loss_line(g, numbers, arms.index(g["arm"]), scale) for g in groups]
         blocks = size["num_block_params"]
         panels.append(
             Panel(
@@ -111,7 +113,7 @@ def sensitivity_panel(numbers: Mapping[str, Any]) -> Panel | None:
             if g["interval"] is not None
         )
         marks = tuple(
-            Mark(x=x, y=y, failed=False, path=_symbol(index, x, y), title=f"{g['size']} {arm}: {g['lr_sensitivity']:.3f}")
+            Mark(title=f"{g['size']} {arm}: {g['lr_sensitivity']:.3f}", failed=False, path=_symbol(index, x, y))
             for (x, y), g in zip(spots, own, strict=True)
         )
         lines.append(Line(arm=arm, index=index, path=_path(spots), band=whiskers, marks=marks))
@@ -128,10 +130,9 @@ def sensitivity_panel(numbers: Mapping[str, Any]) -> Panel | None:
     )
 
 
-def _loss_line(
-    group: Mapping[str, Any], numbers: Mapping[str, Any], index: int, num_arms: int, rates: Sequence[float], scale: _Scale
-) -> Line:
-    shift = _shift(index, num_arms)
+def _loss_line(group: Mapping[str, Any], numbers: Mapping[str, Any], index: int, scale: _Scale) -> Line:
+    rates = numbers["rates"]
+    shift = _shift(index, len(numbers["arms"]))
     known = [p for p in group["points"] if p["loss"] is not None]
     spots = [(_log_x(p["lr"], rates) + shift, scale.y(p["loss"])) for p in known]
     upper = [(x, scale.y(p["high"])) for (x, _), p in zip(spots, known, strict=True)]
@@ -149,7 +150,7 @@ def _loss_line(
         what = f"diverged{step}" if diverged else f"loss {loss(run['final_loss'])}"
         title = f"{run['size']}, {run['arm']}, rate {rate(run['lr'])}, seed {run['seed']}: {what}"
         path = f"M{x - 3.6:.1f} {y - 3.6:.1f}l7.2 7.2m0-7.2l-7.2 7.2" if diverged else _symbol(index, x, y)
-        marks.append(Mark(x=x, y=y, title=title, failed=diverged, path=path))
+        marks.append(Mark(title=title, failed=diverged, path=path))
     band = f"{_path([*upper, *reversed(lower)])}Z" if len(known) > 1 else ""
     return Line(arm=group["arm"], index=index, path=_path(spots), band=band, marks=tuple(marks))
 
@@ -206,7 +207,11 @@ class _Scale:
 
 def _linear(low: float, high: float) -> _Scale:
     """A linear scale from just below `low` (0 stays 0) to just above `high`, with 4 to 8 round ticks."""
-    span = max(high - low, 1e-3 * max(abs(high), 1.0))
+    least = 0.01 * max(abs(high), 1.0)  # a flat curve is drawn flat, not as magnified noise
+    if high - low < least:
+        low = 0.0 if low == 0 else low - (least - (high - low)) / 2
+        high = low + least
+    span = high - low
     raw = span / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw)

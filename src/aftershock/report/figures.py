@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aftershock.report.words import number, rate
+from aftershock.report.words import count, number, rate
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito 2008: distinct for every common kind of colour vision."""
 MARKERS, DASHES = "os^Dv", ("-", "--", ":", "-.", (0, (5, 1)))
 
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.spines.top": False,
@@ -106,6 +106,7 @@ def _curve(ax: Any, group: Mapping[str, Any], index: int) -> None:
 def _sensitivity(numbers: Mapping[str, Any]) -> Any:
     """LR sensitivity against block parameters with its interval."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     groups = [g for g in numbers["groups"] if g["lr_sensitivity"] is not None and g["num_block_params"]]
     if not groups:
@@ -124,13 +125,14 @@ def _sensitivity(numbers: Mapping[str, Any]) -> Any:
             [g["num_block_params"] for g in own],
             values,
             yerr=[down, up],
-            color=COLOURS[index % len(COLOURS)],
-            linestyle=DASHES[index % len(DASHES)],
-            marker=MARKERS[index % len(MARKERS)],
+            **_look(index),
             capsize=2,
             label=arm["arm"],
         )
     ax.set_ylim(bottom=0)
+    params = sorted({g["num_block_params"] for g in groups})
+    ax.set_xticks(params, [count(value) for value in params])
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xlabel("parameters in blocks")
     ax.set_ylabel("LR sensitivity [nats]")
     ax.legend()
@@ -151,7 +153,6 @@ def _logits(numbers: Mapping[str, Any]) -> Any:
     figure = Figure(figsize=(width, 1.1 + 0.36 * len(sizes)), layout="constrained")
     axes = figure.subplots(1, len(arms), sharey=True, squeeze=False)
     norm = LogNorm(vmin=1.0, vmax=max(1e4, max(peaks)))
-    image = None
     for ax, arm in zip(axes.flat, arms, strict=True):
         grid = np.full((len(sizes), len(rates)), np.nan)
         for group in (g for g in numbers["groups"] if g["arm"] == arm["arm"]):
@@ -161,28 +162,33 @@ def _logits(numbers: Mapping[str, Any]) -> Any:
                 hot = norm(point["peak_logit"]) > 0.55
                 ax.text(column, row, number(point["peak_logit"], 2), ha="center", va="center", fontsize=6,
                         color="black" if hot else "white")  # fmt: skip
-        image = ax.imshow(grid, norm=norm, cmap="viridis", aspect="auto")
+        ax.imshow(grid, norm=norm, cmap="viridis", aspect="auto")
         ax.grid(visible=False)
         ax.set_title(arm["arm"])
         ax.set_xticks(range(len(rates)), [rate(lr) for lr in rates], rotation=45, ha="right")
         ax.set_yticks(range(len(sizes)), sizes)
         ax.set_xlabel("learning rate")
-    figure.colorbar(image, ax=axes.ravel().tolist(), label="max logit, block 0")
+    figure.colorbar(axes.flat[0].images[0], ax=axes.ravel().tolist(), label="max logit, block 0")
     return figure
 
 
 def _legend(figure: Any, numbers: Mapping[str, Any]) -> None:
     from matplotlib.lines import Line2D
 
-    handles: list[Any] = [
-        Line2D([], [], color=COLOURS[i % len(COLOURS)], linestyle=DASHES[i % len(DASHES)], marker=MARKERS[i % len(MARKERS)])
-        for i in range(len(numbers["arms"]))
-    ]
+    handles: list[Any] = [Line2D([], [], **_look(i)) for i in range(len(numbers["arms"]))]
     labels = [arm["arm"] for arm in numbers["arms"]]
     if any(p["num_diverged"] for g in numbers["groups"] for p in g["points"]):
         handles.append(Line2D([], [], color="#444444", marker="x", linestyle="none", markeredgewidth=1.6))
         labels.append("diverged (at the initial loss)")
     figure.legend(handles, labels, loc="outside upper left", ncols=len(labels))
+
+
+def _look(index: int) -> dict[str, Any]:
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": DASHES[index % len(DASHES)],
+        "marker": MARKERS[index % len(MARKERS)],
+    }
 
 
 def _rate_ticks(ax: Any, rates: Sequence[float]) -> None:

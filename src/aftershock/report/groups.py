@@ -17,8 +17,8 @@ LOST_FRAC = 0.25
 """A finite run fails when it ends with this share, or more, of its size's gain in loss missing. Our choice."""
 
 FAILS = (
-    "A run fails when it diverges (its loss stops being finite), or when its rate lies above its arm's best rate and it "
-    f"ends with more than {LOST_FRAC:.0%} of the gain missing that the best run of its size made over the initial "
+    "A run fails when it diverges (its loss stops being finite), or when its rate lies above its arm's best rate and "
+    f"it ends with more than {LOST_FRAC:.0%} of the gain missing that the best run of its size made over the initial "
     "loss. A rate fails when at least half of its seeds fail."
 )
 
@@ -70,7 +70,7 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """One (size, arm). `lr_sensitivity` in nats, `interval` over seeds (95 %, bootstrap); None with the reason in `note`.
+    """One (size, arm). `lr_sensitivity` [nats] and its 95 % `interval` over seeds; None with the reason in `note`.
 
     `fails_from`: the lowest rate from which every judged rate up to the highest fails.
     """
@@ -104,7 +104,8 @@ def judge(runs: Sequence[RunFacts]) -> Judged:
     outcomes: dict[str, Outcome] = {}
     for size in sizes:
         of_size = [r for r in runs if r.size == size]
-        floor = min((r.final_loss for r in of_size if r.judged and _finite(r.final_loss)), default=None)
+        ends = [r.final_loss for r in of_size if r.judged and r.final_loss is not None]
+        floor = min((end for end in ends if math.isfinite(end)), default=None)
         for arm in arms:
             members = [r for r in of_size if r.arm == arm]
             if members:
@@ -213,8 +214,10 @@ class _Sensitivity(NamedTuple):
 def _sensitivity(ladder: Mapping[float, Sequence[RunFacts]], l0: float | None) -> _Sensitivity:
     """LR sensitivity of the seed means, or the reason why there is none."""
     open_rates = [lr for lr, runs in ladder.items() if not any(r.judged for r in runs)]
+    if len(open_rates) == len(ladder):
+        return _Sensitivity(None, None, "no run has ended yet")
     if l0 is None:
-        return _Sensitivity(None, None, "no run has recorded its initial loss yet")
+        return _Sensitivity(None, None, "no run has recorded its initial loss")
     if open_rates:
         return _Sensitivity(None, None, f"{len(open_rates)} of {len(ladder)} rates have no finished run")
     if len(ladder) < 2:

@@ -27,7 +27,8 @@ def write_headline(
     judged = [r for r in runs if r.judged]
     if not judged:
         return Headline(f"No run has finished yet: {_status_counts(runs)}.", [])
-    main = _failures(groups, words) if any(g.fails_from is not None for g in groups) else _no_failure(groups, runs, words)
+    fails = any(g.fails_from is not None for g in groups)
+    main = _failures(groups, words) if fails else _no_failure(groups, runs)
     details = [_sensitivities(groups, words), _logits(groups, words), _stragglers(groups, runs, outcomes)]
     if len(judged) < len(runs):
         open_runs = len(runs) - len(judged)
@@ -60,7 +61,11 @@ def _places(failing: Sequence[Group]) -> str:
     for group in failing:
         assert group.fails_from is not None
         by_rate.setdefault(group.fails_from, []).append(group.size)
-    parts = [f"{rate(lr)} up at {listed(sizes)}" for lr, sizes in by_rate.items()]
+    lowest = min(p.lr for g in failing for p in g.points)
+    parts = [
+        f"{rate(lr)} up{', the lowest tried,' if lr == lowest else ''} at {listed(sizes)}"
+        for lr, sizes in by_rate.items()
+    ]
     return f"from learning rate {listed([parts[0], *(f'from {part}' for part in parts[1:])])}"
 
 
@@ -69,11 +74,17 @@ def _all_trained(groups: Sequence[Group], arm: str) -> bool:
     return all(p.verdict in ("trained", "slow") and p.num_diverged + p.num_broken == 0 for p in points)
 
 
-def _no_failure(groups: Sequence[Group], runs: Sequence[RunFacts], words: Mapping[str, ArmWords]) -> str:
+def _no_failure(groups: Sequence[Group], runs: Sequence[RunFacts]) -> str:
+    """No arm fails at its highest rates; single rates or seeds may still."""
     rates = sorted({r.lr for r in runs if r.judged})
     span = f"learning rate {rate(rates[0])}" if len(rates) == 1 else f"from {rate(rates[0])} to {rate(rates[-1])}"
     arms = list(dict.fromkeys(g.arm for g in groups))
     where = "" if len(arms) == 1 else ", in both arms" if len(arms) == 2 else f", in all {len(arms)} arms"
+    holes = [(g, p) for g in groups for p in g.points if p.verdict == "fails"]
+    if holes:
+        group, point = holes[0]
+        more = f" and at {plural(len(holes) - 1, 'other place')}" if len(holes) > 1 else ""
+        return f"Training fails at learning rate {rate(point.lr)} ({group.size}, {group.arm}){more}, but not above."
     if any(p.num_diverged + p.num_broken for g in groups for p in g.points):
         return f"No learning rate fails in most of its seeds ({span}{where})."
     return f"No run fails: every finished learning rate trains ({span}{where})."
@@ -86,13 +97,12 @@ def _stragglers(groups: Sequence[Group], runs: Sequence[RunFacts], outcomes: Map
     if not diverged and not broken:
         return ""
     parts = [f"{diverged} diverged"] if diverged else []
-    parts += [f"{broken} stayed finite but lost most of what the rest learned"] if broken else []
+    parts += [f"{broken} stayed finite but failed to train"] if broken else []
     onset = {(g.size, g.arm): g.fails_from for g in groups}
     stray = [
         r
         for r in runs
-        if outcomes[r.run_id] in ("diverged", "broken")
-        and ((start := onset[r.size, r.arm]) is None or r.lr < start)
+        if outcomes[r.run_id] in ("diverged", "broken") and ((start := onset[r.size, r.arm]) is None or r.lr < start)
     ]
     tail = ""
     if stray:
@@ -109,7 +119,7 @@ def _sensitivities(groups: Sequence[Group], words: Mapping[str, ArmWords]) -> st
     most = max(len(found) for found in known.values())
     if most == 0:
         reasons = listed(list(dict.fromkeys(g.note for g in groups if g.note)))
-        return f"LR sensitivity cannot be given yet: {reasons}."
+        return f"LR sensitivity cannot be given: {reasons}."
     size = [s for s in sizes if len(known[s]) == most][-1]
     found = sorted(known[size], key=lambda g: -(g.lr_sensitivity or 0.0))
     at = f" at {size}" if len(sizes) > 1 else ""

@@ -1,6 +1,6 @@
-"""Every number of the report as one plain dict, straight from the store: it is `report.json`, and the page reads no other.
+"""Every number of the report as one plain dict, straight from the store: `report.json`, and all that the page reads.
 
-Numbers that are not finite are null. Series are thinned for the page (`signals`); losses and sensitivities are not rounded.
+Numbers that are not finite are null. Series are thinned (`signals`); losses and sensitivities are not rounded.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from aftershock.report.headline import write_headline
 from aftershock.report.settings import compare_settings
 from aftershock.report.signals import EVAL_LOSS, LOGIT, LOSS, page_signals, read_key_series, read_series
 from aftershock.report.words import arm_words
+from aftershock.store.reader import StatSeries
 from aftershock.store.study import Study, StudyRow
 
 SCHEMA = 1
 
-Series = Mapping[str, tuple[np.ndarray, np.ndarray]]
+Series = Mapping[str, StatSeries]
 
 
 def study_numbers(study_folder: str | Path, *, series: bool = True) -> dict[str, Any]:
@@ -72,7 +73,13 @@ def study_numbers(study_folder: str | Path, *, series: bool = True) -> dict[str,
         "runs": [dataclasses.asdict(run) | {"outcome": judged.outcomes[run.run_id]} for run in facts],
         "settings": dataclasses.asdict(settings),
         "events": events,
-        "series": dataclasses.asdict(signals) | {"loss": LOSS, "logit": LOGIT},
+        "series": {
+            "names": signals.names,
+            "left_out": signals.left_out,
+            "loss": LOSS,
+            "logit": LOGIT,
+            "runs": signals.runs,
+        },
     })  # fmt: skip
 
 
@@ -104,11 +111,11 @@ def _facts(row: StudyRow, series: Series) -> RunFacts:
     )
 
 
-def _peak(series: tuple[np.ndarray, np.ndarray] | None) -> float | None:
+def _peak(series: StatSeries | None) -> float | None:
     """Largest finite value over training; None where it was never measured."""
     if series is None:
         return None
-    finite = series[1][np.isfinite(series[1])]
+    finite = series.values[np.isfinite(series.values)]
     return float(finite.max()) if len(finite) else None
 
 

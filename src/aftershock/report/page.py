@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from importlib import resources
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,7 +20,7 @@ from aftershock.report import charts, words
 from aftershock.report.numbers import study_numbers
 
 LOGIT_FLOOR, LOGIT_CEILING = 10.0, 1e4
-"""The heat map's ends: a softmax is still soft at 10; above 1e4 in block 0 every run of the paper diverged (figure 9)."""
+"""The heat map's ends: a softmax is still soft at 10; above 1e4 every run of the paper diverged (figure 9)."""
 
 
 class ReportPaths(NamedTuple):
@@ -74,6 +76,7 @@ def render_page(numbers: Mapping[str, Any], text: str) -> str:
     for name in ("rate", "number", "loss", "count", "duration"):
         env.filters[name] = getattr(words, name)
     env.filters["setting"] = _setting
+    env.filters["whole_names"] = _whole_names
     env.filters["lower_first"] = lambda text: text[:1].lower() + text[1:]
     env.filters["heat"] = _heat
     env.globals.update(
@@ -130,15 +133,25 @@ def _facts(numbers: Mapping[str, Any]) -> list[dict[str, str]]:
     """The strip under the headline: what was run."""
     counts, rates, sizes = numbers["counts"], numbers["rates"], numbers["sizes"]
     status = ", ".join(f"{n} {name}" for name, n in counts["status"].items())
+    span = f"{words.rate(rates[0])} to {words.rate(rates[-1])}"
     facts = [
         {"name": "Runs", "value": str(counts["runs"]), "note": status},
         {"name": "Sizes", "value": str(len(sizes)), "note": ", ".join(size["size"] for size in sizes)},
-        {"name": "Learning rates", "value": str(len(rates)), "note": f"{words.rate(rates[0])} to {words.rate(rates[-1])}"},
+        {"name": "Learning rates", "value": str(len(rates)), "note": span},
         {"name": "Seeds", "value": str(len(numbers["seeds"])), "note": ""},
     ]
     if counts["tokens"]:
         facts.append({"name": "Tokens trained on", "value": words.count(counts["tokens"]), "note": ""})
     return facts
+
+
+def _whole_names(text: str) -> Any:
+    """Keep hyphenated names on one line: `w64-d3` must not break after the hyphen."""
+    from markupsafe import Markup, escape
+
+    pieces = re.split(r"(\w+(?:-\w+)+)", text)
+    names = (Markup('<span class="whole">{}</span>').format(piece) for piece in pieces[1::2])
+    return Markup("").join(part for pair in zip_longest(map(escape, pieces[::2]), names, fillvalue="") for part in pair)
 
 
 def _setting(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ def thin(steps: np.ndarray, values: np.ndarray, points: int) -> Thin:
         return Thin(steps, values)
     edges = np.linspace(0, len(steps), (points - 2) // 2 + 1).astype(int)
     keep = {0, len(steps) - 1}
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in itertools.pairwise(edges):
         piece = values[start:stop]
         finite = np.isfinite(piece)
         keep.add(start + int(np.argmin(np.where(finite, piece, np.inf))))

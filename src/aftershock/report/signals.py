@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from aftershock.report.series import rounded, thin
-from aftershock.store.reader import RunReader
+from aftershock.store.reader import RunReader, StatSeries
 
 MAX_VALUES = 600_000
 """Numbers on one page, over all runs: about 5 MB of JSON, which still opens at once."""
 
 MIN_POINTS, MAX_POINTS = 32, 400
-"""A series thinner than the first no longer shows its shape; more than the second does not fit the pixels of a chart."""
+"""A series thinner than the first no longer shows its shape; more than the second is finer than pixels."""
 
 LOGIT = "attn/blocks.0/max_logit"
 LOSS = "loss/train/ce"
@@ -41,36 +41,36 @@ class Signals:
     runs: dict[str, dict[str, Any]]
 
 
-def read_series(reader: RunReader) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_series(reader: RunReader) -> dict[str, StatSeries]:
     """Every scalar and statistic of a run: name -> (steps, values). Empty for a run that has recorded nothing."""
-    series: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    series: dict[str, StatSeries] = {}
     if names := reader.scalar_names():
         scalars = reader.scalars(*names)
         for name in names:
             series[name] = _known(scalars.steps, scalars.values[name])
     if reader.stat_names():
-        series |= {name: tuple(found) for name, found in reader.stats("*").items()}
+        series |= reader.stats("*")
     return series
 
 
-def read_key_series(reader: RunReader) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def read_key_series(reader: RunReader) -> dict[str, StatSeries]:
     """Only what the verdict on a run needs: the evaluation loss and the block-0 logit, where they were recorded."""
-    series: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    series: dict[str, StatSeries] = {}
     if EVAL_LOSS in reader.scalar_names():
         scalars = reader.scalars(EVAL_LOSS)
         series[EVAL_LOSS] = _known(scalars.steps, scalars.values[EVAL_LOSS])
     if LOGIT in reader.stat_names():
-        series[LOGIT] = tuple(reader.stats(LOGIT)[LOGIT])
+        series |= reader.stats(LOGIT)
     return series
 
 
-def _known(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Without the steps that have no number: not logged there, or NaN, which a chart cannot draw (events tell of it)."""
+def _known(steps: np.ndarray, values: np.ndarray) -> StatSeries:
+    """Without the steps that have no number: not logged there, or NaN, which no chart can draw (events tell it)."""
     there = ~np.isnan(values)
-    return steps[there], values[there]
+    return StatSeries(steps[there], values[there])
 
 
-def page_signals(runs: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]) -> Signals:
+def page_signals(runs: Mapping[str, Mapping[str, StatSeries]]) -> Signals:
     """Choose and thin `runs`: run_id -> series, so that the page holds about `MAX_VALUES` numbers at most."""
     names = _ordered({name for series in runs.values() for name in series})
     first = [name for name in names if _is_first(name)]
@@ -81,7 +81,7 @@ def page_signals(runs: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]
     left = max(MAX_VALUES - _size(runs, first, points), 0)
     points_rest = _points(runs, rest, left)
     left_out = rest if rest and _size(runs, rest, points_rest) > max(left, MAX_VALUES // 4) else []
-    limits = {name: points for name in first} | {name: points_rest for name in rest if name not in left_out}
+    limits = dict.fromkeys(first, points) | {name: points_rest for name in rest if name not in left_out}
     return Signals(
         names=list(limits),
         left_out=left_out,
@@ -98,7 +98,7 @@ def _size(runs: Mapping[str, Mapping[str, Any]], names: Sequence[str], points: i
     return sum(min(len(series[name][0]), points) for series in runs.values() for name in names if name in series)
 
 
-def _encode(series: Mapping[str, tuple[np.ndarray, np.ndarray]], limits: Mapping[str, int]) -> dict[str, Any]:
+def _encode(series: Mapping[str, StatSeries], limits: Mapping[str, int]) -> dict[str, Any]:
     grids: dict[tuple[int, ...], int] = {}
     encoded: dict[str, list[Any]] = {}
     for name, points in limits.items():

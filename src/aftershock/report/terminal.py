@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
+WIDE = 110
+"""Terminal columns from which on the table shows everything."""
+
+
 def print_result(study_folder: str | Path, *, console: Console | None = None) -> None:
     """Print the headline and the result table of a study.
 
@@ -26,57 +30,64 @@ def print_result(study_folder: str | Path, *, console: Console | None = None) ->
     from rich.console import Console
 
     numbers = study_numbers(study_folder, series=False)
-    console = Console() if console is None else console
-    console.print()
-    console.print(f"[bold]{_plain(numbers['headline']['main'])}[/]", highlight=False)
+    out = Console() if console is None else console
+    out.print()
+    out.print(_text(numbers["headline"]["main"], "bold"))
     for detail in numbers["headline"]["details"]:
-        console.print(_plain(detail), highlight=False)
-    console.print()
-    console.print(result_table(numbers))
-    console.print(
+        out.print(_text(detail))
+    out.print()
+    out.print(result_table(numbers, width=out.width))
+    for group in numbers["groups"]:
+        if group["note"]:
+            out.print(_text(f"{group['size']} {group['arm']}: {group['note']}", "dim"))
+    out.print(
         "[dim]Loss in nats, mean over seeds; [bold]best[/] rate bold; [red]x[/] diverged, [red]n/m x[/] that many "
-        "seeds; [red]red[/]: fails; [dim].[/] no result yet.[/]",
+        "seeds; [red]red[/] fails; . no result yet.[/]",
         highlight=False,
     )
 
 
-def result_table(numbers: Mapping[str, Any]) -> Table:
-    """The table alone: a row per size and arm, a column per rate, then the LR sensitivity with its interval."""
+def result_table(numbers: Mapping[str, Any], *, width: int = WIDE) -> Table:
+    """The table alone: a row per size and arm, a column per rate, then the LR sensitivity.
+
+    Below `WIDE` columns of `width` the interval is left out and losses have two decimals.
+    """
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    wide = width >= WIDE
+    table = Table(box=None, pad_edge=False, padding=(0, 2 if wide else 1, 0, 0), header_style="dim")
     for title in ("size", "arm"):
-        table.add_column(title, no_wrap=True)
+        table.add_column(title, overflow="fold", min_width=6)
     for lr in numbers["rates"]:
         table.add_column(rate(lr), justify="right", no_wrap=True)
-    table.add_column("LR sensitivity", justify="right", no_wrap=True)
+    table.add_column("LR sensitivity" if wide else "sens.", justify="right", no_wrap=True)
     previous = ""
     for group in numbers["groups"]:
         points = {point["lr"]: point for point in group["points"]}
-        cells = [_cell(points.get(lr), best=lr == group["best_lr"]) for lr in numbers["rates"]]
+        cells = [_cell(points.get(lr), best=lr == group["best_lr"], wide=wide) for lr in numbers["rates"]]
         table.add_row(_text(group["size"], "bold" if group["size"] != previous else "dim"), _text(group["arm"]), *cells,
-                      _sensitivity(group))  # fmt: skip
+                      _sensitivity(group, wide=wide))  # fmt: skip
         previous = group["size"]
     return table
 
 
-def _cell(point: Mapping[str, Any] | None, *, best: bool) -> Text:
+def _cell(point: Mapping[str, Any] | None, *, best: bool, wide: bool) -> Text:
     if point is None or point["verdict"] == "unknown":
         return _text(".", "dim")
     if point["num_diverged"] == point["num_judged"]:
         return _text("x", "bold red")
     style = "red" if point["verdict"] == "fails" else "bold" if best else ""
-    text = _text(loss(point["loss"]), style)
+    text = _text(loss(point["loss"]) if wide else f"{point['loss']:.2f}", style)
     if point["num_diverged"]:
         text.append(f" {point['num_diverged']}/{point['num_judged']} x", style="red")
     return text
 
 
-def _sensitivity(group: Mapping[str, Any]) -> Text:
+def _sensitivity(group: Mapping[str, Any], *, wide: bool) -> Text:
     if group["lr_sensitivity"] is None:
-        return _text(group["note"] or "-", "dim")
+        return _text("none", "dim")
     text = _text(f"{group['lr_sensitivity']:.3f}", "bold")
-    if group["interval"] is not None:
+    if wide and group["interval"] is not None:
         low, high = group["interval"]
         text.append(f"  {low:.2f} to {high:.2f}", style="dim")
     return text
@@ -86,10 +97,3 @@ def _text(value: str, style: str = "") -> Text:
     from rich.text import Text
 
     return Text(value, style=style)
-
-
-def _plain(text: str) -> str:
-    """Square brackets in names are not markup."""
-    from rich.markup import escape
-
-    return escape(text)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class ArmWords(NamedTuple):
-    """An arm in a sentence: `full` at first mention ("without qk-layernorm"), `short` after the other arm's ("with it")."""
+    """An arm in a sentence: `full` at first ("without qk-layernorm"), `short` after the other arm ("with it")."""
 
     full: str
     short: str
@@ -59,8 +59,10 @@ def number(value: float | None, digits: int = 3) -> str:
     if value != 0 and not 1e-3 <= abs(value) < 1e4:
         mantissa, exponent = f"{value:.{max(digits - 2, 0)}e}".split("e")
         return f"{mantissa}e{int(exponent)}"
-    whole = len(f"{abs(value):.0f}") if abs(value) >= 1 else 0
-    return f"{value:.{digits - whole}f}" if 0 < whole < digits else f"{value:.{digits}g}" if not whole else f"{value:.0f}"
+    if abs(value) < 1:
+        return f"{value:.{digits}g}"
+    whole = len(f"{abs(value):.0f}")
+    return f"{value:.{max(digits - whole, 0)}f}"
 
 
 def loss(value: float | None) -> str:
@@ -91,6 +93,7 @@ def duration(seconds: float | None) -> str:
 
 
 def plural(n: int, thing: str) -> str:
+    """1 run, 2 runs."""
     return f"{n} {thing}" if n == 1 else f"{n} {thing}s"
 
 

@@ -100,8 +100,12 @@ class FolderLock:
                 raise ValueError(
                     f"{folder} is being written by {holder}; wait for it or choose another folder"
                 ) from None
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        try:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+        except OSError:  # a full disk: the lock must not outlive this call
+            os.close(self._fd)
+            raise
 
     def release(self) -> None:
         os.ftruncate(self._fd, 0)

@@ -94,7 +94,7 @@ class MirrorThread:
     """Keeps the copy of a run that is being written: pushes after `notify`, beats every minute, pushes on `close`."""
 
     def __init__(self, folder: Path, url: str, *, new_run: bool) -> None:
-        """Raises ValueError when the URL cannot be written, or holds a run that `folder` does not know or is behind."""
+        """Raises ValueError when the URL cannot be written, or holds a run that `folder` does not know."""
         self._folder = folder
         self._url = url
         self._mirror = Mirror(folder, url)
@@ -209,8 +209,12 @@ def _check_same_run(folder: Path, url: str, new_run: bool) -> None:
         raise ValueError(f"{url}: mirrors a run with another config than {folder}; choose another URL")
     there, here = json.loads(remote_env), json.loads((folder / fs.ENV).read_bytes())
     fs.check_schema(there.get("schema"), f"{url}/{fs.ENV}")
-    if there["segment"] > here["segment"]:
-        raise ValueError(f"{url}: is ahead of {folder} (segment {there['segment']} there); fetch that run first")
+    known = {env["started"] for env in (here, *here.get("previous", []))}
+    if there["segment"] > here["segment"] or there["started"] not in known:
+        raise ValueError(
+            f"{url}: was written by a copy of this run that {folder} does not know (segment {there['segment']} there); "
+            "fetch that run first or choose another URL"
+        )
 
 
 def _words(error: Exception) -> str:

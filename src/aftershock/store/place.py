@@ -61,13 +61,14 @@ class Place:
             return None
 
     def list(self, name: str) -> list[str]:
-        """Names of the files in a folder, sorted, without `.tmp`; empty when the folder is missing."""
+        """Names of the files in a folder ("" is this one), sorted, without `.tmp`; empty when the folder is missing."""
         try:
             if self.remote is None:
                 found = [p.name for p in (Path(self.text) / name).iterdir()]
             else:
                 self.remote.fs.invalidate_cache()
-                found = [posixpath.basename(p) for p in self.remote.fs.ls(f"{self.remote.path}/{name}", detail=False)]
+                folder = f"{self.remote.path}/{name}".rstrip("/")
+                found = [posixpath.basename(p) for p in self.remote.fs.ls(folder, detail=False)]
         except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(file for file in found if not file.endswith(".tmp"))

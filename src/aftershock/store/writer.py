@@ -66,9 +66,9 @@ class RunWriter:
         self._flush_every = flush_every
         self._queue = queue
         self._mirror = mirror
+        self._stats = StatsFile(path, segment)
         self._events = fs.JsonLines(path / fs.EVENTS)
         self._scalars = fs.JsonLines(path / fs.SCALARS)
-        self._stats = StatsFile(path, segment)
         self._rows: list[tuple[int, dict[str, float]]] = []
         self._flushed = self._stats_flushed = self._synced = time.monotonic()
 

@@ -26,7 +26,12 @@ class Model(Protocol):
 
 
 def build_model(
-    config: DecoderConfig | MlpConfig, *, vocab_size: int, context: int, precision: PrecisionConfig, device: torch.device
+    config: DecoderConfig | MlpConfig,
+    *,
+    vocab_size: int,
+    context: int,
+    precision: PrecisionConfig,
+    device: torch.device,
 ) -> Model:
     """The model of a config, its constant tables on `device`."""
     kinds = {DecoderConfig: Decoder, MlpConfig: Mlp}

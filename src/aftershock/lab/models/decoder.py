@@ -1,6 +1,6 @@
-"""The decoder of Wortsman et al. 2023 (arXiv 2309.14322, section 2.1) for K replicas at once, with every knob of the paper.
+"""The decoder of Wortsman et al. 2023 (arXiv 2309.14322, section 2.1) for K replicas at once, with all its knobs.
 
-Legend: K replicas, B batch, T positions, N = B*T tokens, D width, H heads, E head dimension, F hidden width, V vocabulary.
+Legend: K replicas, B batch, T positions, N = B*T tokens, D width, H heads, E head dimension, F hidden, V vocabulary.
 Pre-LayerNorm, rotary positions after qk-layernorm, GELU MLP, untied head, no biases. Matmuls run in the `matmul` dtype;
 parameters, residual stream and LayerNorm statistics in the `params` dtype; the head in the `logits` dtype.
 """
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aftershock.lab.models.layout import ParamSpec
-from aftershock.lab.models.ops import attend, causal_mask, norm, rotary_tables, rotate
+from aftershock.lab.models.ops import attend, causal_mask, gelu_tanh, norm, rotary_tables, rotate
 from aftershock.lab.models.probe import Probe
 from aftershock.lab.recipe import DecoderConfig, PrecisionConfig
 
@@ -33,9 +33,7 @@ class Dtypes(NamedTuple):
 def dtypes(config: PrecisionConfig) -> Dtypes:
     """torch dtypes of the four settings, `params` resolved."""
     params = getattr(torch, config.params)
-    matmul, logits = (
-        params if name == "params" else getattr(torch, name) for name in (config.matmul, config.logits)
-    )
+    matmul, logits = (params if name == "params" else getattr(torch, name) for name in (config.matmul, config.logits))
     return Dtypes(params, matmul, logits, getattr(torch, config.loss))
 
 
@@ -54,7 +52,7 @@ class Decoder:
         self.softmax_dtype = torch.promote_types(torch.float32, self.dtypes.matmul)
 
     def specs(self) -> list[ParamSpec]:
-        """Truncated normal of std 1/sqrt(fan_in) for matrices, normal of std 1/sqrt(D) for the embedding, ones for gains."""
+        """Matrices: truncated normal of std 1/sqrt(fan_in). Embedding: normal of std 1/sqrt(D). Gains: ones."""
         c = self.config
         D, E, F_ = c.width, c.head_dim, c.width * c.mlp_ratio
         ratio = c.mup_base_width / D  # base_fan_in / fan_in of every matrix: MLP-out has a factor of mlp_ratio in both
@@ -114,7 +112,7 @@ class Decoder:
         if c.qk_norm != "off":
             q, k = (self._qk_norm(x, params[f"{at}.{name}_gain"]) for x, name in ((q, "q"), (k, "k")))
         if c.logit_scale is not None:
-            q, k = (_scaled_to(x, c.logit_scale) for x in (q, k))
+            q, k = (_scaled_to(x, c.logit_scale, c.norm_eps) for x in (q, k))
         cos_TE, sin_TE = (table[:T] for table in self.rotary)
         # The attention scale rides on the rotary tables of q: one pass less over the tokens.
         q_KBHTE = rotate(q, cos_TE * self.attention_scale, sin_TE * self.attention_scale)
@@ -126,7 +124,9 @@ class Decoder:
             mask_TS=self.mask_TS[:T, :T],
             softmax=c.attention == "softmax",
             dtype=self.softmax_dtype,
-            tap=None if probe is None else probe.attention(i, q_KBHTE / self.attention_scale, k_KBHTE),
+            tap=None
+            if probe is None
+            else probe.attention(i, q_KBHTE / self.attention_scale, k_KBHTE, softmax=c.attention == "softmax"),
         )
         return torch.bmm(out_KBTHE.view(K, B * T, c.width), params[f"{at}.out"])
 
@@ -141,7 +141,7 @@ class Decoder:
     def _mlp(self, i: int, params: Mapping[str, Tensor], x_KND: Tensor) -> Tensor:
         at = f"blocks.{i}.mlp"
         h_KNF = torch.bmm(self._norm(x_KND, params[f"{at}.norm"], self.dtypes.matmul), params[f"{at}.in"])
-        h_KNF = F.gelu(h_KNF, approximate="tanh" if self.config.activation == "gelu_tanh" else "none")
+        h_KNF = gelu_tanh(h_KNF) if self.config.activation == "gelu_tanh" else F.gelu(h_KNF)
         return torch.bmm(h_KNF, params[f"{at}.out"])
 
 
@@ -152,7 +152,10 @@ def _lookup(embed_KVD: Tensor, ids_KN: Tensor) -> Tensor:
     return F.embedding(ids_KN + first_K1, embed_KVD.reshape(K * V, D))
 
 
-def _scaled_to(x: Tensor, kappa: float) -> Tensor:
-    """sqrt(kappa) * x / rms(x) over the head dimension: forces the typical logit to kappa (section 3.1.1, figure 10)."""
+def _scaled_to(x: Tensor, kappa: float, eps: float) -> Tensor:
+    """sqrt(kappa) * x / rms(x) over the head dimension: forces the typical logit to kappa (section 3.1.1, figure 10).
+
+    `eps` as in a LayerNorm: full muParam starts q at zero, which has no direction.
+    """
     x_float = x.float() if x.dtype == torch.bfloat16 else x
-    return (math.sqrt(kappa) * x_float * x_float.square().mean(-1, keepdim=True).rsqrt()).to(x.dtype)
+    return (math.sqrt(kappa) * x_float * (x_float.square().mean(-1, keepdim=True) + eps).rsqrt()).to(x.dtype)

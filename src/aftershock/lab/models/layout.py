@@ -55,6 +55,9 @@ class Layout:
         for spec in sorted(specs, key=lambda s: (s.role != "matmul", s.lr_scale)):
             self.places.append(Place(spec, start, start + spec.size))
             start += spec.size
+        # Drawn in the order of the specs, not of the rates: muParam alone must not change where a run starts.
+        order = {spec.name: i for i, spec in enumerate(specs)}
+        self._drawn = sorted(self.places, key=lambda p: (p.spec.role != "matmul", order[p.spec.name]))
         self.size = start
         self.matmul_size = sum(spec.size for spec in specs if spec.role == "matmul")
         self.names = [place.spec.name for place in self.places]
@@ -92,7 +95,7 @@ class Layout:
         rows = torch.empty(len(seeds), self.size)
         for row_P, seed in zip(rows, seeds, strict=True):
             generator = torch.Generator().manual_seed(seed)
-            for place in self.places:
+            for place in self._drawn:
                 _draw(row_P[place.start : place.stop], place.spec, generator)
         return rows.to(device=device, dtype=dtype)
 

@@ -1,12 +1,13 @@
 """The differentiable pieces of a fleet's decoder that stock PyTorch does slowly on a CPU, or not per replica.
 
-Legend: K replicas, B batch, T positions, S key positions, H heads, E head dimension, D width, N = B*T tokens, V vocabulary.
+Legend: K replicas, B batch, T positions, S keys, H heads, E head dimension, D width, N = B*T tokens, V vocabulary.
 Each is an autograd Function with its backward written out, and has an oracle test against plain autograd.
-The CPU backward of `scaled_dot_product_attention` takes half of a bf16 training step; `attend` is matmul, softmax, matmul.
+The CPU backward of `scaled_dot_product_attention` is half of a bf16 training step; `attend` is matmul, softmax, matmul.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,8 +18,13 @@ from torch.autograd.function import once_differentiable
 ScoreTap = Callable[[Tensor, Tensor], None]
 """Called with (scores_GTS, weights_GTS), G = K*B*H; masked scores are -inf. It must not keep or change them."""
 
-LossTap = Callable[[Tensor, Tensor], None]
-"""Called with (logits_KNV, log_z_KN)."""
+LossTap = Callable[[Tensor, Tensor, Tensor], None]
+"""Called with (logits_KNV, log_z_KN, share_KN): the weight of each position in the mean, 0 where the target is -1."""
+
+
+GELU_2U = 2 * math.sqrt(2 / math.pi)
+GELU_PIECE = 1 << 18
+"""Elements worked on at a time: a megabyte of float32."""
 
 
 def norm(x: Tensor, gain: Tensor, *, eps: float, dtype: torch.dtype) -> Tensor:
@@ -30,7 +36,7 @@ def norm(x: Tensor, gain: Tensor, *, eps: float, dtype: torch.dtype) -> Tensor:
 
 
 def rotate(x_KBTHE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021): x * cos + swap(x) * sin over the two halves of E; returned as [K, B, H, T, E]."""
+    """Rotary positions (Su et al. 2021): x * cos + swap(x) * sin over the halves of E; returned as [K, B, H, T, E]."""
     return _Rotate.apply(x_KBTHE, cos_TE, sin_TE)  # pyright: ignore[reportReturnType]
 
 
@@ -52,6 +58,15 @@ def attend(
     return _Attend.apply(q_KBHTE, k_KBHTE, v_KBHTE, mask_TS, softmax, dtype, tap)  # pyright: ignore[reportReturnType]
 
 
+def gelu_tanh(x: Tensor) -> Tensor:
+    """0.5 x (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3) (Hendrycks & Gimpel 2016): the paper's GELU.
+
+    Written as x * sigmoid(2u), the same number, because sigmoid costs a quarter of tanh on a CPU; the slope is made in
+    the same pass and kept in x's dtype instead of x.
+    """
+    return _GeluTanh.apply(x)  # pyright: ignore[reportReturnType]
+
+
 class TokenLoss(NamedTuple):
     """Per replica: mean cross-entropy, and mean of cross-entropy + z * (log Z)^2, which is what is trained."""
 
@@ -69,8 +84,10 @@ def token_loss(
     return TokenLoss(*_TokenLoss.apply(logits_KNV, targets_KN, z_K, dtype, tap))  # pyright: ignore[reportGeneralTypeIssues]
 
 
-def rotary_tables(context: int, head_dim: int, base: float, *, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos_TE and signed sin_TE for `rotate`: angle of pair i at position t is t * base^(-2i/E); sin is negative in the first half."""
+def rotary_tables(
+    context: int, head_dim: int, base: float, *, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos_TE and signed sin_TE for `rotate`: pair i turns by t base^(-2i/E) at position t; sin < 0 in half one."""
     half = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
     angle_TE = torch.outer(torch.arange(context, dtype=torch.float64), base**-half).repeat(1, 2)
     sign_E = torch.ones(head_dim, dtype=torch.float64)
@@ -133,7 +150,14 @@ def _rotated(x: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask_TS: Tensor, softmax: bool, dtype: torch.dtype, tap: ScoreTap | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask_TS: Tensor,
+        softmax: bool,
+        dtype: torch.dtype,
+        tap: ScoreTap | None,
     ) -> Tensor:
         K, B, H, T, E = q.shape
         q_GTE, k_GTE, v_GTE = (x.reshape(K * B * H, T, E) for x in (q, k, v))
@@ -173,6 +197,40 @@ class _Attend(torch.autograd.Function):
         return *(g.view(K, B, H, T, E) for g in grads), None, None, None, None
 
 
+class _GeluTanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        out, slope = torch.empty_like(rows), torch.empty_like(rows)
+        # In pieces of about a megabyte, in scratch made once: they stay in the cache over the dozen passes.
+        piece = min(rows.shape[0], max(1, GELU_PIECE // rows.shape[1]))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        scratch = torch.empty(3, piece, rows.shape[1], dtype=dtype, device=x.device)
+        for start in range(0, rows.shape[0], piece):
+            here = slice(start, start + piece)
+            _gelu_tanh(rows[here], out[here], slope[here], scratch[:, : rows[here].shape[0]])
+        ctx.save_for_backward(slope.view(x.shape))
+        return out.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (slope,) = ctx.saved_tensors
+        return grad * slope
+
+
+def _gelu_tanh(x: Tensor, out: Tensor, slope: Tensor, scratch: Tensor) -> None:
+    """With s = sigmoid(2u): out = x s, slope = s (1 + (1 - s) x d(2u)/dx)."""
+    wide, square, s = scratch
+    wide.copy_(x)
+    torch.mul(wide, wide, out=square)
+    torch.mul(square, 0.044715 * GELU_2U, out=s).add_(GELU_2U).mul_(wide).sigmoid_()
+    torch.mul(wide, s, out=out)
+    inner = square.mul_(3 * 0.044715 * GELU_2U).add_(GELU_2U).mul_(wide)
+    inner.addcmul_(inner, s, value=-1).add_(1)
+    torch.mul(inner, s, out=slope)
+
+
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -193,10 +251,11 @@ class _TokenLoss(torch.autograd.Function):
         ce_K = torch.where(valid_KN, ce_KN, zero).sum(1) / count_K
         z_K1 = z_K.to(dtype)[:, None]
         total_K = torch.where(valid_KN, ce_KN + z_K1 * log_z_KN.square(), zero).sum(1) / count_K
+        share_KN = valid_KN / count_K[:, None].to(dtype)
         if tap is not None:
-            tap(logits, log_z_KN)
+            tap(logits, log_z_KN, share_KN)
         ctx.logits_dtype = logits_KNV.dtype
-        ctx.save_for_backward(probs_KNV, index_KN1, valid_KN / count_K[:, None].to(dtype), 2 * z_K1 * log_z_KN)
+        ctx.save_for_backward(probs_KNV, index_KN1, share_KN, 2 * z_K1 * log_z_KN)
         ctx.mark_non_differentiable(ce_K)
         return ce_K, total_K
 

@@ -21,10 +21,14 @@ class Probe:
         self.values: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def attention(self, block: int, q_KBHTE: Tensor, k_KBHTE: Tensor) -> ScoreTap:
-        """Record |q|, |k| (mean L2 norm over tokens and heads) and their mean cosine; return the tap for the scores."""
+    def attention(self, block: int, q_KBHTE: Tensor, k_KBHTE: Tensor, *, softmax: bool) -> ScoreTap:
+        """Record |q|, |k| (mean L2 norm over tokens and heads) and their mean cosine; return the tap for the scores.
+
+        Only weights that are probabilities (`softmax`) have an entropy: mean over queries and heads, nats.
+        """
         at = f"attn/blocks.{block}"
-        q, k = q_KBHTE.detach().float(), k_KBHTE.detach().float()
+        dtype = torch.promote_types(q_KBHTE.dtype, torch.float32)
+        q, k = q_KBHTE.detach().to(dtype), k_KBHTE.detach().to(dtype)
         q_norm, k_norm = q.norm(dim=-1), k.norm(dim=-1)
         self.values[f"{at}/q_norm"] = q_norm.flatten(1).mean(1)
         self.values[f"{at}/k_norm"] = k_norm.flatten(1).mean(1)
@@ -43,8 +47,9 @@ class Probe:
             bottom_K = unmasked.amin(1).to(weights_GTS.dtype)
             self.values[f"{at}/max_logit"] = top_K
             self.values[f"{at}/max_abs_logit"] = torch.maximum(top_K, -bottom_K)
-            entropy_GT = torch.special.entr(weights_GTS).sum(-1)
-            self.values[f"{at}/entropy"] = entropy_GT.view(self.num_replicas, -1).mean(1)
+            if softmax:
+                entropy_GT = torch.special.entr(weights_GTS).sum(-1)
+                self.values[f"{at}/entropy"] = entropy_GT.view(self.num_replicas, -1).mean(1)
 
         return tap
 
@@ -54,9 +59,18 @@ class Probe:
         self.values[f"output/blocks.{block}/rms"] = x_KND.flatten(1).square().mean(1).sqrt()
 
     @torch.no_grad()
-    def logits(self, logits_KNV: Tensor, log_z_KN: Tensor) -> None:
-        """log Z and the mean logit: output-logit divergence shows as |log Z| far from 0, with either sign of the mean."""
-        self.values["output/head/log_z"] = log_z_KN.mean(1)
-        self.values["output/head/log_z_sq"] = log_z_KN.square().mean(1)
-        self.values["output/head/abs_log_z"] = log_z_KN.abs().mean(1)
-        self.values["output/head/mean_logit"] = logits_KNV.flatten(1).mean(1)
+    def logits(self, logits_KNV: Tensor, log_z_KN: Tensor, share_KN: Tensor) -> None:
+        """log Z and the mean logit: output-logit divergence shows as |log Z| far from 0, with either sign of the mean.
+
+        Means over the positions that the loss counts, as `share_KN` weighs them.
+        """
+        counted_KN = share_KN > 0
+        columns = {
+            "log_z": log_z_KN,
+            "log_z_sq": log_z_KN.square(),
+            "abs_log_z": log_z_KN.abs(),
+            "mean_logit": logits_KNV.mean(-1),
+        }
+        for name, value_KN in columns.items():
+            # Selected, then weighed: an infinity at a position that does not count stays out.
+            self.values[f"output/head/{name}"] = (torch.where(counted_KN, value_KN, 0.0) * share_KN).sum(1)

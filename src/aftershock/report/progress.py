@@ -1,4 +1,4 @@
-"""What the commands print: live progress with the time left, and the result of a sweep. Imports rich when used."""
+"""Live progress of a sweep on the terminal, with the time left. Imports rich when used."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ class _Lines:
         if state.fraction >= self._next:
             self._next = (int(state.fraction * 10) + 1) / 10
             left = "" if state.left_s is None else f", {clock(state.left_s)} left"
-            self._write(f"{state.fraction:4.0%}  {state.num_done}/{state.num_runs} runs, {clock(state.elapsed_s)}{left}")
+            self._write(
+                f"{state.fraction:4.0%}  {state.num_done}/{state.num_runs} runs, {clock(state.elapsed_s)}{left}"
+            )
 
 
 def clock(seconds: float) -> str:

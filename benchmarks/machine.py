@@ -1,0 +1,64 @@
+"""What the figures were measured on, and the ceilings of one core of it."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def describe() -> dict[str, str]:
+    """CPU, cores, memory, versions."""
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = next((line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")), "")
+    flags = next((line for line in info.splitlines() if line.startswith("flags")), "").split()
+    bf16 = [flag for flag in ("avx512_bf16", "amx_bf16") if flag in flags]
+    family = [
+        line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith(("cpu family", "model\t"))
+    ][:2]
+    return {
+        "CPU": f"{model or platform.processor()} (family/model {'/'.join(family)})",
+        "cores used": "1, except where said",
+        "bf16 instructions": ", ".join(bf16) or "none",
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def matmul_limit(dtype: torch.dtype, *, size: int = 1024) -> float:
+    """GFLOP/s of the fastest of ten square products on this core: what no training step can exceed."""
+    a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    torch.mm(a, b)
+    best = min(timed(lambda: torch.mm(a, b)) for _ in range(10))
+    return 2 * size**3 / best / 1e9
+
+
+def timed(function: Callable[[], object]) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def in_turns(functions: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call of each function, called in turns, so that the machine's mood falls on all alike."""
+    for function in functions.values():
+        function()
+        function()
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            seconds[name].append(timed(function))
+    return seconds
+
+
+def ratio(slow: list[float], fast: list[float]) -> tuple[float, float, float]:
+    """Median of the pairwise ratios slow/fast, with their quartiles."""
+    ratios = [s / f for s, f in zip(slow, fast, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    return statistics.median(ratios), low, high

@@ -1,0 +1,1 @@
+"""Predict: LR sensitivity, and what small runs say of large ones."""
