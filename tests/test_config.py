@@ -170,6 +170,40 @@ def test_override_keeps_the_checks_of_the_config() -> None:
         config.override(RunConfig(), {"model.heads": 5})
 
 
+def test_override_of_a_kind_starts_from_its_defaults() -> None:
+    """contract: in any order with its own fields, two kinds at once, and the rest of the config stays."""
+    run = RunConfig(seed=3, model=DecoderConfig(width=32, heads=2))
+    modular = config.override(run, {"data.kind": "modular"})
+    assert modular == dataclasses.replace(run, data=ModularData())
+    both = {"data.modulus": "31", "data.kind": "modular", "model.kind": "mlp", "model.hidden": 8}
+    grok = config.override(run, both)
+    assert grok == dataclasses.replace(run, data=ModularData(modulus=31), model=MlpConfig(hidden=8))
+    assert config.override(grok, {"data.kind": "modular", "seed": 4}) == dataclasses.replace(grok, seed=4)
+    assert config.override(grok, {"model.kind": "decoder", "data.kind": "language"}) == RunConfig(seed=3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"data.kind": "modualr"}, r"override: data.kind: got 'modualr'; did you mean 'modular'\?"),
+        ({"data.kind": None}, "override: data.kind: got None"),
+        ({"model.kind": "mlp"}, "use it with data.kind=modular"),
+        ({"data.kind": "modular", "data.context": 64}, "unknown key 'data.context'"),
+        ({"optim.kind": "adam"}, "unknown key 'optim.kind'"),
+        ({"nothing.kind": "x"}, "unknown key 'nothing.kind'"),
+        ({"data.a.kind": "x"}, "unknown key 'data.a.kind'"),
+        ({"steps.kind": "x"}, "unknown key 'steps.kind'"),
+        ({"optim.lr": "["}, r"override: optim.lr: '\[' is not readable as a YAML value; quote it"),
+        ({"data": "modular"}, "override.data: expected a mapping of settings, got str 'modular'"),
+        ({"data": None}, "override.data: expected a mapping of settings, got NoneType None"),
+    ],
+)
+def test_override_mistakes_are_answered(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says) as caught:
+        config.override(RunConfig(), changes)
+    assert "\n" not in str(caught.value)
+
+
 def test_run_id_is_stable_across_processes_and_moves_with_every_setting() -> None:
     """equivalence: another process, with another hash seed, names the same run the same."""
     run = RunConfig()

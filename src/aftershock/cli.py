@@ -186,9 +186,9 @@ class Claims:
 
             judge_all(self.run_, self.out, processes=self.processes, on_progress=progress_bar)
         if self.json:
-            print(scoreboard_json())
+            print(scoreboard_json(self.out / "records"))
         else:
-            print_scoreboard()
+            print_scoreboard(self.out / "records")
         return 0
 
 

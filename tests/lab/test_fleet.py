@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -18,13 +18,15 @@ from torch import Tensor
 from aftershock.config import override
 from aftershock.lab.data import Batches, build_batches
 from aftershock.lab.fleet import Fleet, FleetState, StepRecord
-from aftershock.lab.models import Probe
+from aftershock.lab.models import Model, Probe
 from aftershock.lab.optim import schedule
 from aftershock.lab.recipe import DecoderConfig, MlpConfig, ModularData, OptimConfig, PrecisionConfig, RunConfig
 
 FLOAT64 = PrecisionConfig(params="float64", loss="float64")
 BF16 = PrecisionConfig(matmul="bfloat16")
-TEXT = RunConfig(model=DecoderConfig(width=16, depth=2, heads=2), optim=OptimConfig(warmup_steps=2), steps=30, batch_size=4)
+TEXT = RunConfig(
+    model=DecoderConfig(width=16, depth=2, heads=2), optim=OptimConfig(warmup_steps=2), steps=30, batch_size=4
+)
 MODULAR = dataclasses.replace(TEXT, data=ModularData(modulus=11), batch_size=16, eval_sequences=10_000)
 GROK = dataclasses.replace(MODULAR, model=MlpConfig(embed=8, hidden=16))
 WORKLOADS = {"text": TEXT, "modular-decoder": MODULAR, "modular-mlp": GROK}
@@ -54,7 +56,12 @@ def batches_of(name: str, text: Batches, modular: Batches) -> Batches:
 
 
 def train(
-    configs: Sequence[RunConfig], batches: Batches, *, steps: int = 30, measure_every: int = 0, start: FleetState | None = None
+    configs: Sequence[RunConfig],
+    batches: Batches,
+    *,
+    steps: int = 30,
+    measure_every: int = 0,
+    start: FleetState | None = None,
 ) -> tuple[FleetState, list[StepRecord]]:
     fleet = Fleet(configs, batches=batches)
     state, records = fleet.init() if start is None else start, []
@@ -183,7 +190,7 @@ def test_an_infinite_gradient_under_a_finite_loss_retires_too(modular: Batches) 
 
 
 def slow_step(config: RunConfig, fleet: Fleet, state: FleetState, k: int) -> dict[str, float]:
-    """Gradient, clipped gradient, parameter and update RMS of replica k, by autograd, torch's clip and torch's AdamW."""
+    """RMS of gradient, clipped gradient, parameter and update of replica k, by autograd and torch's clip and AdamW."""
 
     def rms(values: list[float]) -> float:
         return math.sqrt(sum(v * v for v in values) / len(values))
@@ -276,6 +283,19 @@ def test_each_optimizer_knob_changes_the_update_and_not_the_start(field: str, te
     assert (base.optim.params_KP - other.optim.params_KP).abs().max() > 1e-5
 
 
+class Watched:
+    """A model that remembers the dtypes of its logits."""
+
+    def __init__(self, model: Model) -> None:
+        self.model, self.dtypes, self.specs = model, model.dtypes, model.specs
+        self.seen: set[torch.dtype] = set()
+
+    def __call__(self, params: Mapping[str, Tensor], inputs_KBT: Tensor, probe: Probe | None = None) -> Tensor:
+        logits = self.model(params, inputs_KBT, probe)
+        self.seen.add(logits.dtype)
+        return logits
+
+
 @pytest.mark.parametrize(
     ("change", "logits", "loss"),
     [
@@ -295,20 +315,12 @@ def test_each_precision_is_what_it_says(
     """contract: dtypes of state, logits and loss are separate settings; training works and learns in all of them."""
     config = dataclasses.replace(WORKLOADS[name], precision=PrecisionConfig(**change), steps=60)
     fleet = Fleet([config, config], batches=batches_of(name, text, modular))
-    seen: list[torch.dtype] = []
-    call = fleet.model
-
-    def model(*args: Any) -> Tensor:
-        seen.append((out := call(*args)).dtype)
-        return out
-
-    model.dtypes = call.dtypes  # pyright: ignore[reportFunctionMemberAccess]
-    fleet.model = model  # pyright: ignore[reportAttributeAccessIssue]
+    watched = fleet.model = Watched(fleet.model)
     state = fleet.init()
     first = fleet.evaluate(state)["loss/eval/ce"]
-    for _ in range(3):
-        state, record = fleet.step(state, measure=True)
-    assert set(seen) == {logits}
+    state, record = fleet.step(state, measure=True)
+    state, record = fleet.step(state, measure=True)
+    assert watched.seen == {logits}
     assert record.ce_K.dtype == record.total_K.dtype == loss
     assert {tensor.dtype for tensor in state.optim} == {getattr(torch, config.precision.params)}
     assert state.retired_at_K.tolist() == [-1, -1]
@@ -360,6 +372,27 @@ def test_runs_that_cannot_share_a_fleet_are_refused_with_the_fields_named(change
     with pytest.raises(ValueError, match="may differ only in optimizer settings and seeds; these differ in") as caught:
         Fleet([TEXT, TEXT, override(TEXT, change)])
     assert str(caught.value).split("differ in ")[-1].startswith(named)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("precision", "tolerance"),
+    [(FLOAT64, 1e-9), (PrecisionConfig(), 1e-3), (BF16, 0.05)],  # rounding of each, after five stable steps
+    ids=["float64", "float32", "bf16"],
+)
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_equivalence_of_cpu_and_gpu(precision: PrecisionConfig, tolerance: float, replicas: int, text: Batches) -> None:
+    configs = heterogeneous(dataclasses.replace(TEXT, precision=precision))[:replicas]
+    curves = []
+    for device in ("cpu", "cuda"):
+        fleet = Fleet(configs, batches=text, device=device)
+        state, records = fleet.init(), []
+        for step in range(5):
+            state, record = fleet.step(state, measure=step == 2)
+            records.append(record)
+        curves.append(losses(records).cpu())
+        assert (fleet.evaluate(state)["loss/eval/ce"].isfinite()).all()
+    torch.testing.assert_close(*curves, rtol=0, atol=tolerance)
 
 
 def test_an_empty_fleet_is_refused() -> None:

@@ -6,6 +6,7 @@ Legend: K replicas, P parameters of one replica.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -77,7 +78,7 @@ VARIANTS = [
 
 @pytest.mark.parametrize("decay", ["coupled", "independent"])
 def test_equivalence_with_torch_adamw(decay: Any) -> None:
-    """equivalence: 100 steps, all variants as one fleet, each to 1e-6 of torch's (float32 rounding of values of order 1).
+    """equivalence: 100 steps, all variants as one fleet, each to 1e-6 of torch's (float32 rounds values of order 1).
 
     Independent decay is torch's with weight_decay = lambda / lr. The bias of a wrong step count is 1e-2 and more.
     """
@@ -100,7 +101,7 @@ def test_equivalence_with_torch_adamw_in_float64(decay: Any) -> None:
 
 
 def test_the_two_decays_coincide_where_they_must() -> None:
-    """equivalence: lambda_independent = lr lambda_coupled, at lr = 1e-4 / 0.1 = 1e-3 for the paper's values; not elsewhere.
+    """equivalence: lambda_independent = lr lambda_coupled: at lr = 1e-3 for the paper's 1e-4 and 0.1; not elsewhere.
 
     Not to the bit: lambda / lr is 0.1 up to one rounding of a Python float.
     """
@@ -155,7 +156,11 @@ def test_equivalence_of_rates_per_tensor_with_parameter_groups(decay: Any) -> No
 
 def test_oracle_parameter_rms() -> None:
     """oracle: each tensor's rate times max(RMS, 1e-3), by a loop over single numbers; two replicas of other scales."""
-    specs = [ParamSpec("a", (2, 3), "matmul", 2.0), ParamSpec("b", (4,), "params", 0), ParamSpec("c", (3,), "params", None)]
+    specs = [
+        ParamSpec("a", (2, 3), "matmul", 2.0),
+        ParamSpec("b", (4,), "params", 0),
+        ParamSpec("c", (3,), "params", None),
+    ]
     config = OptimConfig(lr=1e-2, lr_scale="parameter_rms", weight_decay=1e-2, warmup_steps=2, clip_norm=None)
     layout = Layout(specs)
     optimizer = AdamW([config, config], layout, num_steps=20)
@@ -186,13 +191,14 @@ def test_oracle_parameter_rms() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_vetoed_row_is_untouched_to_the_bit(dtype: torch.dtype) -> None:
-    """planted: row 1's gradient is nan; it keeps parameters and moments, and row 0 moves as if it were alone with it."""
+    """planted: row 1's gradient is nan; it keeps parameters and moments, and row 0 moves as beside a healthy one."""
     layout = Layout(SPECS)
     results = []
     for poison in (0.5, torch.nan):
         optimizer = AdamW([PLAIN, PLAIN], layout, num_steps=NUM_STEPS)
         state = OptimState.fresh(layout.init([0, 1], dtype=dtype, device=CPU))
-        state.exp_avg_KP.fill_(0.25), state.exp_avg_sq_KP.fill_(0.125)
+        state.exp_avg_KP.fill_(0.25)
+        state.exp_avg_sq_KP.fill_(0.125)
         before = [tensor.clone() for tensor in state]
         grads = torch.stack([gradient(5, 0, layout.size, dtype), torch.full((layout.size,), poison, dtype=dtype)])
         divide = optimizer.clip_scales(torch.linalg.vector_norm(grads, dim=1))
@@ -230,7 +236,9 @@ def test_oracle_unscaled_update(step: int, beta2: float) -> None:
 
     (1 - beta2^t in float32 would be 3 % off at beta2 = 0.99999.)
     """
-    config = dataclasses.replace(PLAIN, lr=1.0, min_lr=0.0, schedule="constant", beta2=beta2, weight_decay=0.0, warmup_steps=0)
+    config = dataclasses.replace(
+        PLAIN, lr=1.0, min_lr=0.0, schedule="constant", beta2=beta2, weight_decay=0.0, warmup_steps=0
+    )
     layout = Layout(SPECS)
     optimizer = AdamW([config, dataclasses.replace(config, eps=1e-2, beta1=0.5)], layout, num_steps=NUM_STEPS)
     moments = torch.rand(2, 2, layout.size, generator=torch.Generator().manual_seed(1)) + 0.5
@@ -264,11 +272,11 @@ def test_schedule_end_points() -> None:
 
 @given(st.floats(1e-6, 10), st.floats(0, 1), st.integers(1, 500), st.data())
 def test_schedule_is_one_hill(lr: float, floor: float, num_steps: int, data: st.DataObject) -> None:
-    """contract: for any setting the rate rises in the warm-up, falls after it, and stays in [min_lr, lr] from there on."""
+    """contract: for any setting the rate rises in the warm-up, falls after it, and stays in [min_lr, lr] from there."""
     warmup = data.draw(st.integers(0, num_steps))
     config = OptimConfig(lr=lr, min_lr=floor * lr, warmup_steps=warmup)
     rates = [schedule(config, step, num_steps) for step in range(num_steps + 1)]
-    assert all(a < b for a, b in zip(rates[:warmup], rates[1:warmup], strict=False))
-    assert all(a >= b for a, b in zip(rates[warmup:], rates[warmup + 1 :], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(rates[:warmup]))
+    assert all(a >= b for a, b in itertools.pairwise(rates[warmup:]))
     slack = 1e-12 * lr
     assert all(config.min_lr - slack <= rate <= lr + slack for rate in rates[warmup:])

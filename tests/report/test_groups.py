@@ -49,8 +49,8 @@ def test_outcomes() -> None:
     runs = [
         _run(1e-4, 3.2),
         _run(1e-3, 2.0),
-        _run(1e-2, 2.9),
-        _run(3e-2, 3.1),
+        _run(1e-2, 2.3),
+        _run(3e-2, 2.5),
         _run(1e-1, None),
         _run(3e-1, None, status="running"),
         _run(1.0, None, status="failed"),

@@ -223,7 +223,7 @@ def depth_raises_sensitivity_faster(runs: Sequence[RunResult]) -> Judgement:
 def mup_fixes_the_best_rate_only(runs: Sequence[RunResult]) -> Judgement:
     """P10: |slope of log10(best LR) against log10 width| with muParam minus without: below 0, with no other gain.
 
-    The best rate is the vertex of the parabola around the best point. Loss at the best rate of the ladder and LR
+    Best rate and the loss there are the vertex of the parabola around the best point of the ladder. Loss and LR
     sensitivity: muParam minus standard, mean over all sizes but the smallest, which is the base and has equal arms.
     Supported: the interval of the effect lies below 0, and neither of the other two does. Contradicted: it lies above
     0, or one of the other two lies below.
@@ -233,10 +233,10 @@ def mup_fixes_the_best_rate_only(runs: Sequence[RunResult]) -> Judgement:
     log_width = [grid.log_n[i] / 2 for i in range(len(grid.sizes))]  # at one depth N grows as width^2
 
     def drift(arm: str, draw_D: np.ndarray) -> float:
-        return slope(log_width, [grid.log_best_lr(size, arm, draw_D) for size in grid.sizes])
+        return slope(log_width, [grid.best_point(size, arm, draw_D).log_lr for size in grid.sizes])
 
     def loss(draw_D: np.ndarray) -> float:
-        best = [grid.curve_R(s, MUP, draw_D).min() - grid.curve_R(s, BASELINE, draw_D).min() for s in wider]
+        best = [grid.best_point(s, MUP, draw_D).loss - grid.best_point(s, BASELINE, draw_D).loss for s in wider]
         return float(np.mean(best))
 
     nearer = grid.interval(lambda draw_D: abs(drift(MUP, draw_D)) - abs(drift(BASELINE, draw_D)))
@@ -252,7 +252,9 @@ def mup_fixes_the_best_rate_only(runs: Sequence[RunResult]) -> Judgement:
         detail={
             "slope of the best rate": {arm: drift(arm, grid.everyone) for arm in grid.arms},
             "best rate": {
-                f"{s} {arm}": 10 ** grid.log_best_lr(s, arm, grid.everyone) for s in grid.sizes for arm in grid.arms
+                f"{s} {arm}": 10 ** grid.best_point(s, arm, grid.everyone).log_lr
+                for s in grid.sizes
+                for arm in grid.arms
             },
             "loss at the best rate, muParam minus standard": losses._asdict(),
             "LR sensitivity, muParam minus standard": sensitivity._asdict(),

@@ -34,6 +34,13 @@ class Interval(NamedTuple):
         return self.low, self.high
 
 
+class BestPoint(NamedTuple):
+    """log10 of the best rate, and the loss there [nats]."""
+
+    log_lr: float
+    loss: float
+
+
 class Grid:
     """All runs of a study, checked to be a full grid size x arm x rate x seed. Sizes ascend in N, rates too.
 
@@ -108,18 +115,19 @@ class Grid:
         ladder = self.ladder(size, arm, s)
         return failing_lr(self.lrs.tolist(), [run.final_loss for run in ladder], ladder[0].initial_loss)
 
-    def log_best_lr(self, size: str, arm: str, draw_D: np.ndarray) -> float:
-        """log10 of the best rate: vertex of the parabola, in log rate, through the best point and its neighbours.
+    def best_point(self, size: str, arm: str, draw_D: np.ndarray) -> BestPoint:
+        """Vertex of the parabola, in log rate, through the best point of the draw's mean curve and its neighbours.
 
-        At either end of the ladder, the end itself.
+        So neither rate nor loss depends on where the ladder's rates happen to lie. At an end of the ladder, the end.
         """
         curve_R, log_lr_R = self.curve_R(size, arm, draw_D), np.log10(self.lrs)
         best = int(curve_R.argmin())
-        if best in (0, len(curve_R) - 1):
-            return float(log_lr_R[best])
-        around = slice(best - 1, best + 2)
-        square, linear, _ = np.polyfit(log_lr_R[around] - log_lr_R[best], curve_R[around], 2)
-        return float(log_lr_R[best] - linear / (2 * square)) if square > 0 else float(log_lr_R[best])
+        if 0 < best < len(curve_R) - 1:
+            around = slice(best - 1, best + 2)
+            square, linear, level = np.polyfit(log_lr_R[around] - log_lr_R[best], curve_R[around], 2)
+            if square > 0:  # three equal losses have no vertex
+                return BestPoint(log_lr_R[best] - linear / (2 * square), level - linear**2 / (4 * square))
+        return BestPoint(float(log_lr_R[best]), float(curve_R[best]))
 
     def interval(self, statistic: Callable[[np.ndarray], float]) -> Interval:
         """The statistic of all seeds, and its interval over draws of seeds; see `bootstrap`."""

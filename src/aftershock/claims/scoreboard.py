@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 NOT_RUN, NO_STUDY = "not run", "no study yet"
 COLOURS = {"supported": "green", "contradicted": "red", "inconclusive": "yellow", NOT_RUN: "dim", NO_STUDY: "dim"}
+GAP = 2
 WIDE = 120
 """Columns of a terminal from which on date and command are shown."""
 
@@ -50,24 +51,17 @@ def print_scoreboard(*records: Path, console: Console | None = None) -> None:
 
     out = Console() if console is None else console
     rows = scoreboard(*records)
-    wide = out.width >= WIDE
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("claim", no_wrap=True)
-    table.add_column("statement", ratio=1, no_wrap=True, overflow="ellipsis")
-    table.add_column("scale", no_wrap=True)
-    table.add_column("verdict", no_wrap=True)
-    table.add_column("effect [95 %]", no_wrap=True, justify="right")
-    table.add_column("seeds", no_wrap=True, justify="right")
-    if wide:
-        table.add_column("date", no_wrap=True)
-        table.add_column("command", no_wrap=True)
-    for row in rows:
-        name = row["id"] if row["version"] == row["current_version"] else f"{row['id']} v{row['version']}"
-        verdict = Text(row["verdict"], style=COLOURS[row["verdict"]])
-        cells: list[str | Text] = [name, Text(row["statement"]), row["scale"] or "", verdict, _effect(row)]
-        cells.append("" if row["num_seeds"] is None else str(row["num_seeds"]))
-        cells += [row["date"] or "", Text(row["command"] or "", style="dim")] if wide else []
-        table.add_row(*cells)
+    titles = ["claim", "scale", "verdict", "effect [95 %]", "seeds", "date", "command"]
+    shown = titles if out.width >= WIDE else titles[:-2]
+    cells = [_cells(row)[: len(shown)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(shown, *cells, strict=True)]
+    room = max(20, out.width - sum(widths) - GAP * len(widths))
+    table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim")
+    for title in (shown[0], "statement", *shown[1:]):
+        table.add_column(title, no_wrap=True, justify="right" if title in ("effect [95 %]", "seeds") else "left")
+    for row, (name, scale, verdict, *rest) in zip(rows, cells, strict=True):
+        coloured = Text(verdict, style=COLOURS[verdict])
+        table.add_row(name, Text(_shortened(row["statement"], room)), scale, coloured, *map(Text, rest))
     out.print(table)
     counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in COLOURS}
     out.print(Text("  ".join(f"{number} {verdict}" for verdict, number in counts.items() if number), style="bold"))
@@ -102,6 +96,17 @@ def _row(claim: Claim, record: Record | None) -> dict[str, Any]:
         "date",
     )
     return shared | {name: getattr(record, name) for name in names} | {"command": record.command}
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """All of a row but its statement, as text."""
+    name = row["id"] if row["version"] == row["current_version"] else f"{row['id']} v{row['version']}"
+    seeds = "" if row["num_seeds"] is None else str(row["num_seeds"])
+    return [name, row["scale"] or "", row["verdict"], _effect(row), seeds, row["date"] or "", row["command"] or ""]
+
+
+def _shortened(text: str, room: int) -> str:
+    return text if len(text) <= room else text[: room - 3].rstrip() + "..."
 
 
 def _effect(row: dict[str, Any]) -> str:

@@ -17,7 +17,7 @@ from aftershock.lab.recipe import RunConfig, fleet_key
 CANDIDATES = (1, 2, 4, 8, 16, 32)
 MIN_GAIN = 0.03
 """A larger fleet must be this much faster a replica: below, it only costs memory and splits worse over processes."""
-TIMING_S, MIN_ROUNDS = 0.3, 3
+TIMING_S, MIN_ROUNDS = 0.3, 6
 """Each candidate is stepped for about this long, at least so often."""
 JOBS_A_PROCESS = 3
 """More jobs even out the load; fewer start fewer processes, at START_S each."""

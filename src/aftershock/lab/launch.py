@@ -59,7 +59,7 @@ class LocalLauncher:
     def __init__(self, *, num_processes: int = 0) -> None:
         if num_processes < 0:
             raise ValueError(f"the number of processes must be at least 1 (or 0: one a core), got {num_processes}")
-        self._max_parallel = num_processes or len(os.sched_getaffinity(0))
+        self._max_parallel = num_processes or _usable_cores()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     @property
@@ -92,3 +92,8 @@ class LocalLauncher:
         process.kill()
         process.wait()
         self.poll(handle)
+
+
+def _usable_cores() -> int:
+    """Cores this process may run on: a container or a batch system may give fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

@@ -183,11 +183,12 @@ class _Sweep:
         return SweepResult(self.folder, self.num_kept, num_trained, tuple(failures))
 
     def _plan(self) -> list[Chunk]:
-        """Chunks of the missing runs; timings are kept beside the manifest, so that a restart does not repeat them."""
+        """Chunks of the missing runs; timings are kept beside the runs, so that no restart and no other study that
+        shares them repeats one."""
         from aftershock.lab.data import build_batches
         from aftershock.lab.executor import FleetTiming, plan, time_fleet
 
-        path = self.folder / TIMINGS
+        path = self.runs.parent / TIMINGS
         known = json.loads(path.read_bytes()) if path.exists() else {}
         groups: dict[RunConfig, list[RunConfig]] = {}
         for item in self.missing:

@@ -1,6 +1,6 @@
 """The runs of a study grouped by (size, arm): loss per rate, which rates fail, LR sensitivity.
 
-What counts as failing is decided here and nowhere else; `FAILS` states it for the reader of the report.
+What counts as failing is `forecast.sensitivity.run_fails`; `FAILS` states it for the reader of the report.
 Pure: takes plain values, reads no files.
 """
 
@@ -11,15 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from aftershock.forecast.sensitivity import LossRow, bootstrap_sensitivity, sensitivity_table
-
-LOST_FRAC = 0.25
-"""A finite run fails when it ends with this share, or more, of its size's gain in loss missing. Our choice."""
+from aftershock.forecast.sensitivity import FAIL_FRAC, LossRow, bootstrap_sensitivity, run_fails, sensitivity_table
 
 FAILS = (
     "A run fails when it diverges (its loss stops being finite), or when its rate lies above its arm's best rate and "
-    f"it ends with more than {LOST_FRAC:.0%} of the gain missing that the best run of its size made over the initial "
-    "loss. A rate fails when at least half of its seeds fail."
+    f"it ends with more than {FAIL_FRAC:.0%} of the gain missing that the best rate of its own size and arm made over "
+    "the initial loss. A rate fails when at least half of its seeds fail."
 )
 
 Outcome = Literal["trained", "slow", "broken", "diverged", "unfinished"]
@@ -103,13 +100,10 @@ def judge(runs: Sequence[RunFacts]) -> Judged:
     groups: list[Group] = []
     outcomes: dict[str, Outcome] = {}
     for size in sizes:
-        of_size = [r for r in runs if r.size == size]
-        ends = [r.final_loss for r in of_size if r.judged and r.final_loss is not None]
-        floor = min((end for end in ends if math.isfinite(end)), default=None)
         for arm in arms:
-            members = [r for r in of_size if r.arm == arm]
+            members = [r for r in runs if (r.size, r.arm) == (size, arm)]
             if members:
-                groups.append(_group(members, floor, outcomes))
+                groups.append(_group(members, outcomes))
     return Judged(groups, outcomes)
 
 
@@ -122,7 +116,7 @@ def ordered_sizes(runs: Sequence[RunFacts]) -> list[str]:
     return sorted(known, key=lambda size: known[size])
 
 
-def _group(members: Sequence[RunFacts], floor: float | None, outcomes: dict[str, Outcome]) -> Group:
+def _group(members: Sequence[RunFacts], outcomes: dict[str, Outcome]) -> Group:
     starts = [r.initial_loss for r in members if r.initial_loss is not None and math.isfinite(r.initial_loss)]
     l0 = sum(starts) / len(starts) if starts else None
     ladder: dict[float, list[RunFacts]] = {lr: [] for lr in sorted({r.lr for r in members})}
@@ -137,7 +131,7 @@ def _group(members: Sequence[RunFacts], floor: float | None, outcomes: dict[str,
     }
     best_lr = min(alive, key=lambda lr: alive[lr]) if alive else None
     for run in members:
-        outcomes[run.run_id] = _outcome(run, l0, floor, best_lr)
+        outcomes[run.run_id] = _outcome(run, l0, best_lr, alive.get(best_lr) if best_lr is not None else None)
     points = tuple(_point(lr, runs, means[lr], l0, outcomes) for lr, runs in ladder.items())
     measured = _sensitivity(ladder, l0)
     return Group(
@@ -157,12 +151,12 @@ def _group(members: Sequence[RunFacts], floor: float | None, outcomes: dict[str,
     )
 
 
-def _outcome(run: RunFacts, l0: float | None, floor: float | None, best_lr: float | None) -> Outcome:
+def _outcome(run: RunFacts, l0: float | None, best_lr: float | None, best: float | None) -> Outcome:
     if not run.judged:
         return "unfinished"
     if run.status == "diverged" or run.final_loss is None or not math.isfinite(run.final_loss):
         return "diverged"
-    if l0 is None or floor is None or best_lr is None or run.final_loss <= floor + LOST_FRAC * (l0 - floor):
+    if l0 is None or best_lr is None or best is None or not run_fails(run.final_loss, best=best, l0=l0):
         return "trained"
     return "broken" if run.lr > best_lr else "slow"
 

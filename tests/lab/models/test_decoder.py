@@ -25,7 +25,9 @@ FLOAT64 = PrecisionConfig(params="float64", loss="float64")
 SMALL = DecoderConfig(width=16, depth=2, heads=2)
 
 
-def build(config: DecoderConfig, *, vocab_size: int = 11, context: int = 6, precision: PrecisionConfig = FLOAT64) -> Decoder:
+def build(
+    config: DecoderConfig, *, vocab_size: int = 11, context: int = 6, precision: PrecisionConfig = FLOAT64
+) -> Decoder:
     return Decoder(config, vocab_size=vocab_size, context=context, precision=precision, device=CPU)
 
 
@@ -116,7 +118,10 @@ LOGIT_KNOBS = [
     *changes("rope_base", 100.0),
     *changes("norm_eps", 1e-3),
 ]
-UPDATE_KNOBS = [*changes("mup", "simple"), ("mup_base_width", dataclasses.replace(SMALL, mup="simple", mup_base_width=8))]
+UPDATE_KNOBS = [
+    *changes("mup", "simple"),
+    ("mup_base_width", dataclasses.replace(SMALL, mup="simple", mup_base_width=8)),
+]
 
 
 @pytest.mark.parametrize(("field", "config"), LOGIT_KNOBS)
@@ -199,7 +204,7 @@ def test_qk_norm_bounds_the_logits() -> None:
 @pytest.mark.parametrize("width", [64, 256, 512])
 @pytest.mark.parametrize("mup", ["off", "simple", "intermediate", "full"])
 def test_mup_follows_the_table(width: int, mup: Any) -> None:
-    """contract: section 4.6 of the specification: r = 256 / width on every matrix, the head's std, q at 0, scale 1/d_h."""
+    """contract: section 3.2 of the paper: r = 256 / width on every matrix, the head's std, q at 0, scale 1/d_h."""
     config = DecoderConfig(width=width, depth=1, heads=4, mup=mup)
     model = build(config)
     ratio = 1.0 if mup == "off" else 256 / width
@@ -296,7 +301,7 @@ class PlainAttention(nn.Module):
 
 
 class PlainDecoder(nn.Module):
-    """An independent statement of section 1.1, one replica, names as in torch modules."""
+    """An independent statement of the architecture: one replica, torch's own layers."""
 
     def __init__(self, config: DecoderConfig, vocab_size: int) -> None:
         super().__init__()
@@ -323,7 +328,11 @@ class PlainDecoder(nn.Module):
 
     def by_our_names(self, of: Any) -> dict[str, Tensor]:
         """`of(parameter)` for every tensor of the fleet's layout, transposed and joined as there."""
-        named = {"embed": of(self.embed.weight), "final_norm": of(self.final_norm.weight), "head": of(self.head.weight).T}
+        named = {
+            "embed": of(self.embed.weight),
+            "final_norm": of(self.final_norm.weight),
+            "head": of(self.head.weight).T,
+        }
         for i, attention in enumerate(self.attns):
             assert isinstance(attention, PlainAttention)
             at, norms = f"blocks.{i}", (self.attn_norms[i], self.mlp_norms[i])
@@ -344,7 +353,9 @@ class PlainDecoder(nn.Module):
     [
         SMALL,
         dataclasses.replace(SMALL, qk_norm="width", activation="gelu"),
-        dataclasses.replace(SMALL, qk_norm="off", attention_scale="inverse", mlp_ratio=3, rope_base=50.0, norm_eps=1e-3),
+        dataclasses.replace(
+            SMALL, qk_norm="off", attention_scale="inverse", mlp_ratio=3, rope_base=50.0, norm_eps=1e-3
+        ),
         dataclasses.replace(SMALL, heads=1, depth=1),
     ],
     ids=lambda c: f"{c.qk_norm}-{c.activation}-{c.heads}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -53,7 +54,7 @@ def test_sections_cover_every_column_once() -> None:
             inside = [p.spec.lr_scale for p in layout.places if p.start >= start and p.stop <= stop]
             assert set(inside) == {scale}
     merged = layout.sections()
-    assert all(a[2] != b[2] for a, b in zip(merged, merged[1:], strict=False))
+    assert all(a[2] != b[2] for a, b in itertools.pairwise(merged))
     assert len(layout.sections(per_tensor=True)) == len(SPECS)
 
 
@@ -100,7 +101,7 @@ def test_the_start_does_not_depend_on_rates() -> None:
 
 
 def test_init_has_the_standard_deviation_asked_for() -> None:
-    """oracle: 200,000 draws, so the sample's own std is within 4 / sqrt(2 n) = 0.6 %; forgetting the truncation is 12 %."""
+    """oracle: 200,000 draws: the sample's std is within 4 / sqrt(2 n) = 0.6 %; forgetting the truncation is 12 %."""
     specs = [
         ParamSpec("truncated", (400, 500), "matmul", 400**-0.5),
         ParamSpec("normal", (400, 500), "params", 500**-0.5, truncated=False),

@@ -6,6 +6,7 @@ Legend: K replicas, B batch, T positions, S keys, H heads, E head dimension, D w
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +16,16 @@ from torch import Tensor
 from aftershock.lab.models.ops import attend, causal_mask, norm, rotary_tables, rotate, token_loss
 
 CPU = torch.device("cpu")
-# float64 against float64 by another order of sums: some hundred roundings of 1e-16. A wrong factor is 1e-2 and more.
-EXACT = {"rtol": 1e-11, "atol": 1e-12}
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, grad: bool = True) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
+
+
+def exactly(ours: Any, expected: Any) -> None:
+    """float64 by another order of sums: some hundred roundings of 1e-16. A wrong factor is 1e-2 and more."""
+    torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-12)
 
 
 def gradients(out: Tensor, inputs: list[Tensor], *, seed: int = 99) -> list[Tensor]:
@@ -47,9 +51,9 @@ def test_oracle_norm(x_shape: tuple[int, ...], gain_shape: tuple[int, ...]) -> N
     out = norm(x, gain, eps=eps, dtype=torch.float64)
     centred = x - x.mean(-1, keepdim=True)
     expected = gain * centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
-    torch.testing.assert_close(out, expected, **EXACT)
+    exactly(out, expected)
     for ours, plain in zip(gradients(out, [x, gain]), gradients(expected, [x, gain]), strict=True):
-        torch.testing.assert_close(ours, plain, **EXACT)
+        exactly(ours, plain)
 
 
 def test_oracle_norm_gradient_falls_as_the_input_grows() -> None:
@@ -65,7 +69,7 @@ def test_oracle_norm_gradient_falls_as_the_input_grows() -> None:
     printed = gain * grad - (grad * gain * x).sum() / (8 * m) * x
     # native_layer_norm also subtracts the mean of the gradient, which the formula leaves to the mean-zero subspace.
     printed = (printed - (gain * grad).mean()) / m.sqrt()
-    torch.testing.assert_close(ours, printed, **EXACT)
+    exactly(ours, printed)
 
 
 @pytest.mark.parametrize("replicas", [1, 3])
@@ -90,6 +94,15 @@ def test_norm_in_bf16_stays_close_to_float32(replicas: int, source: torch.dtype)
         torch.testing.assert_close(ours.float(), plain, rtol=2**-6, atol=2**-5)
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_norm_takes_a_float64_gain_with_bf16_input(replicas: int) -> None:
+    """contract: float64 parameters and bf16 matmuls are separate settings; the kernel knows only float32 there."""
+    x, gain = random(replicas, 4, 8, dtype=torch.bfloat16), random(replicas, 1, 8, seed=1)
+    out = norm(x, gain, eps=1e-6, dtype=torch.bfloat16)
+    torch.testing.assert_close(out.double(), F.layer_norm(x.double(), (8,)) * gain, rtol=2**-7, atol=2**-8)
+    assert [grad.dtype for grad in gradients(out, [x, gain])] == [torch.bfloat16, torch.float64]
+
+
 def test_oracle_rotate_is_complex_multiplication() -> None:
     """oracle: pair i of position t, (x[i], x[i + E/2]) as a complex number, times exp(i t base^(-2i/E))."""
     K, B, T, H, E, base = 2, 2, 5, 3, 6, 100.0
@@ -99,10 +112,12 @@ def test_oracle_rotate_is_complex_multiplication() -> None:
     assert out.shape == (K, B, H, T, E)
     assert out.is_contiguous()
     angle = torch.tensor([[t * base ** (-2 * i / E) for i in range(E // 2)] for t in range(T)], dtype=torch.float64)
-    turned = torch.complex(x[..., : E // 2], x[..., E // 2 :]).transpose(2, 3) * torch.polar(torch.ones_like(angle), angle)
+    turned = torch.complex(x[..., : E // 2], x[..., E // 2 :]).transpose(2, 3) * torch.polar(
+        torch.ones_like(angle), angle
+    )
     expected = torch.cat([turned.real, turned.imag], dim=-1)
-    torch.testing.assert_close(out, expected, **EXACT)
-    torch.testing.assert_close(gradients(out, [x]), gradients(expected, [x]), **EXACT)
+    exactly(out, expected)
+    exactly(gradients(out, [x]), gradients(expected, [x]))
 
 
 def test_oracle_rotate_gradcheck() -> None:
@@ -118,7 +133,7 @@ def test_rotation_makes_scores_depend_on_the_distance_alone() -> None:
     scores = rotate(q, cos, sin)[0, 0, 0] @ rotate(k, cos, sin)[0, 0, 0].T
     for distance in range(9):
         diagonal = scores.diagonal(-distance)
-        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), **EXACT)
+        exactly(diagonal, diagonal[:1].expand_as(diagonal))
 
 
 def attend_slowly(q: Tensor, k: Tensor, v: Tensor, *, softmax: bool) -> Tensor:
@@ -146,19 +161,18 @@ def test_oracle_attend_by_loops(softmax: bool) -> None:
     out = attend(q, k, v, mask_TS=mask, softmax=softmax, dtype=torch.float64)
     expected = attend_slowly(q, k, v, softmax=softmax)
     assert out.is_contiguous()
-    torch.testing.assert_close(out, expected, **EXACT)
-    torch.testing.assert_close(gradients(out, [q, k, v]), gradients(expected, [q, k, v]), **EXACT)
+    exactly(out, expected)
+    exactly(gradients(out, [q, k, v]), gradients(expected, [q, k, v]))
 
 
 def test_oracle_attend_by_scaled_dot_product_attention() -> None:
     q, k, v = (random(3, 2, 2, 7, 4, seed=s) for s in range(3))
-    out = attend(
-        q, k, v, mask_TS=causal_mask(7, dtype=torch.float64, device=CPU), softmax=True, dtype=torch.float64
-    )
-    stock = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q, k, v)), is_causal=True, scale=1.0)
+    out = attend(q, k, v, mask_TS=causal_mask(7, dtype=torch.float64, device=CPU), softmax=True, dtype=torch.float64)
+    flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
+    stock = F.scaled_dot_product_attention(flat_q, flat_k, flat_v, is_causal=True, scale=1.0)
     expected = stock.view(3, 2, 2, 7, 4).transpose(2, 3)
-    torch.testing.assert_close(out, expected, **EXACT)
-    torch.testing.assert_close(gradients(out, [q, k, v]), gradients(expected, [q, k, v]), **EXACT)
+    exactly(out, expected)
+    exactly(gradients(out, [q, k, v]), gradients(expected, [q, k, v]))
 
 
 @pytest.mark.parametrize("softmax", [True, False])
@@ -168,15 +182,21 @@ def test_attend_hands_its_scores_to_the_tap(softmax: bool) -> None:
     mask = causal_mask(4, dtype=torch.float64, device=CPU)
     seen: list[Tensor] = []
     out = attend(
-        q, k, v, mask_TS=mask, softmax=softmax, dtype=torch.float64, tap=lambda s, w: seen.extend([s.clone(), w.clone()])
+        q,
+        k,
+        v,
+        mask_TS=mask,
+        softmax=softmax,
+        dtype=torch.float64,
+        tap=lambda s, w: seen.extend([s.clone(), w.clone()]),
     )
     scores, weights = seen
     above = torch.ones(4, 4, dtype=torch.bool).triu(1)
     assert (scores[:, above] == -torch.inf).all()
     assert (weights[:, above] == 0).all()
-    torch.testing.assert_close(scores[:, ~above], (q.reshape(6, 4, 2) @ k.reshape(6, 4, 2).mT)[:, ~above], **EXACT)
+    exactly(scores[:, ~above], (q.reshape(6, 4, 2) @ k.reshape(6, 4, 2).mT)[:, ~above])
     applied = (weights @ v.reshape(6, 4, 2)).view(2, 1, 3, 4, 2).transpose(2, 3)
-    torch.testing.assert_close(applied, out, **EXACT)
+    exactly(applied, out)
     assert torch.equal(out, attend(q, k, v, mask_TS=mask, softmax=softmax, dtype=torch.float64))
 
 
@@ -216,9 +236,9 @@ def test_oracle_token_loss(ignored: int) -> None:
     z = torch.tensor([0.0, 1e-2, 1.0], dtype=torch.float64)
     loss = token_loss(logits, targets, z, dtype=torch.float64)
     ce, total = loss_slowly(logits, targets, z)
-    torch.testing.assert_close(loss.ce_K, ce, **EXACT)
-    torch.testing.assert_close(loss.total_K, total, **EXACT)
-    torch.testing.assert_close(gradients(loss.total_K, [logits]), gradients(total, [logits]), **EXACT)
+    exactly(loss.ce_K, ce)
+    exactly(loss.total_K, total)
+    exactly(gradients(loss.total_K, [logits]), gradients(total, [logits]))
     assert not loss.ce_K.requires_grad
 
 
@@ -254,13 +274,13 @@ def test_token_loss_of_a_broken_replica_stays_there() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_token_loss_computes_in_its_own_dtype(dtype: torch.dtype) -> None:
-    """equivalence: logits of any dtype, a float64 loss: exact for the logits as given; gradient in the logits' dtype."""
+    """equivalence: logits of any dtype, a float64 loss: exact for the logits given; gradient in their dtype."""
     logits = random(1, 5, 6, dtype=dtype)
     targets, z = torch.tensor([[0, 1, 2, 3, -1]]), torch.tensor([1e-2])
     loss = token_loss(logits, targets, z, dtype=torch.float64)
     full = logits.detach().double().requires_grad_()
     _, total = loss_slowly(full, targets, z.double())
-    torch.testing.assert_close(loss.total_K, total, **EXACT)
+    exactly(loss.total_K, total)
     (ours,) = gradients(loss.total_K, [logits])
     assert ours.dtype == dtype
     torch.testing.assert_close(ours, gradients(total, [full])[0].to(dtype))
@@ -274,6 +294,6 @@ def test_the_loss_tap_weighs_what_the_loss_counts() -> None:
         logits, targets, torch.ones(2), dtype=torch.float64, tap=lambda *xs: seen.extend(x.clone() for x in xs)
     )
     assert torch.equal(seen[0], logits)
-    torch.testing.assert_close(seen[1], logits.logsumexp(-1), **EXACT)
+    exactly(seen[1], logits.logsumexp(-1))
     assert seen[2].tolist() == [[1 / 3, 0, 1 / 3, 1 / 3], [0, 0, 0, 1]]
-    torch.testing.assert_close((seen[1].square() * seen[2]).sum(1), loss.total_K - loss.ce_K, **EXACT)
+    exactly((seen[1].square() * seen[2]).sum(1), loss.total_K - loss.ce_K)

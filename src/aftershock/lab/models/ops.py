@@ -105,9 +105,11 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        ctx.shared = gain.numel() == x.shape[-1]
-        # A float weight makes the kernel keep float statistics of bf16 input.
-        weight = gain.flatten() if ctx.shared else torch.ones(x.shape[-1:], dtype=gain.dtype, device=x.device)
+        # On a CPU a float weight makes the kernel keep float statistics of bf16 input; elsewhere it keeps them anyway,
+        # and wants a weight of the input's dtype.
+        weight_dtype = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
+        ctx.shared = gain.numel() == x.shape[-1] and gain.dtype == weight_dtype
+        weight = gain.flatten() if ctx.shared else torch.ones(x.shape[-1:], dtype=weight_dtype, device=x.device)
         out, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, None, eps)
         ctx.save_for_backward(x, gain, mean, rstd, weight)
         return out.to(dtype) if ctx.shared else (out * gain).to(dtype)
