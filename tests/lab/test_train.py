@@ -267,3 +267,21 @@ def test_batches_may_be_shared(tmp_path: Path) -> None:
     shared = run(tmp_path / "shared", [SMALL], batches=build_batches(SMALL.data))
     assert own[0]["final_loss"] == shared[0]["final_loss"]
     same(RunReader(tmp_path / "own" / "0"), RunReader(tmp_path / "shared" / "0"))
+
+
+def test_oracle_tokens_count_what_was_seen(tmp_path: Path) -> None:
+    """A batch larger than the modular training split is the split: 12 of 25 equations of 4 tokens, 3 steps."""
+    from aftershock.lab.recipe import MlpConfig, ModularData
+
+    config = RunConfig(
+        data=ModularData(modulus=5),
+        model=MlpConfig(embed=4, hidden=4),
+        optim=OptimConfig(warmup_steps=0),
+        steps=3,
+        batch_size=512,
+    )
+    fleet = Fleet([config])
+    seen = fleet.batches.train(fleet.data_seeds_K, 0, 512).inputs_KBT[0].numel()
+    with RunWriter.open(tmp_path / "run", config=config) as writer:
+        [summary] = train_fleet(fleet, [writer])
+    assert summary["tokens"] == 3 * seen == 3 * 12 * 4

@@ -77,6 +77,12 @@ class Fleet:
     def size(self) -> int:
         return len(self.configs)
 
+    @property
+    def tokens_a_step(self) -> int:
+        """Tokens one replica sees in a step: a batch larger than a small training split is that split."""
+        batch = self.batches.train(self.data_seeds_K[:1], 0, self.configs[0].batch_size)
+        return batch.inputs_KBT[0].numel()
+
     def init(self) -> FleetState:
         """Step-0 state: row k drawn from `configs[k].seed` alone."""
         params_KP = self.layout.init([c.seed for c in self.configs], dtype=self.model.dtypes.params, device=self.device)

@@ -168,7 +168,7 @@ def _summary(
         "final_accuracy": None if diverged else float(final["accuracy/eval/mean"][k]),
         "diverged_step": retired_at if diverged else None,
         "steps": steps,
-        "tokens": steps * fleet.configs[k].batch_size * fleet.batches.context,
+        "tokens": steps * fleet.tokens_a_step,
         "num_params": fleet.layout.size,
         "num_block_params": sum(
             p.spec.size for p in fleet.layout.places if p.spec.name not in outside and len(p.spec.shape) > 1
