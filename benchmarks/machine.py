@@ -38,6 +38,17 @@ def matmul_limit(dtype: torch.dtype, *, size: int = 1024) -> float:
     return 2 * size**3 / best / 1e9
 
 
+def reset_peak_memory() -> None:
+    """Start this process's peak resident memory anew (Linux: proc(5), /proc/PID/clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory_mb(field: str) -> float:
+    """`VmRSS` (resident now) or `VmHWM` (its peak) of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
+
+
 def timed(function: Callable[[], object]) -> float:
     """Seconds of one call."""
     started = time.perf_counter()

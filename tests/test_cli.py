@@ -100,6 +100,7 @@ FLAGS = {
     "run": {"--fleet-size", "--device", "--sinks", "--mirror", "--lifeline"},
     "report": {"--out", "--figures"},
     "sensitivity": {"--l0", "--json"},
+    "detect": {"--rule", "--signals", "--json", "--follow"},
     "claims": {"--run", "--out", "--processes", "--json"},
 }
 

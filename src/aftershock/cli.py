@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
+from aftershock.signals.detect.command import Detect
+
 if TYPE_CHECKING:
     from aftershock.lab.sweep import SweepSpec
 
@@ -192,7 +194,15 @@ class Claims:
         return 0
 
 
-COMMANDS = {"demo": Demo, "sweep": Sweep, "run": Run, "report": Report, "sensitivity": Sensitivity, "claims": Claims}
+COMMANDS = {
+    "demo": Demo,
+    "sweep": Sweep,
+    "run": Run,
+    "report": Report,
+    "sensitivity": Sensitivity,
+    "detect": Detect,
+    "claims": Claims,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
