@@ -176,7 +176,7 @@ def test_masked_scores_are_neither_largest_nor_smallest() -> None:
     """planted: the only large scores stand above the diagonal, where the mask is."""
     probe = Probe(1)
     q = k = torch.zeros(1, 1, 1, 2, 2)
-    tap = probe.attention(0, q, k, softmax=True)
+    tap = probe.attention(0, q, k, scale=1.0, softmax=True)
     tap(torch.tensor([[[0.5, -torch.inf], [-2.0, 1.0]]]), torch.tensor([[[1.0, 0.0], [0.25, 0.75]]]))
     assert probe.values["attn/blocks.0/max_logit"].item() == 1.0
     assert probe.values["attn/blocks.0/max_abs_logit"].item() == 2.0

@@ -117,16 +117,18 @@ class Decoder:
         # The attention scale rides on the rotary tables of q: one pass less over the tokens.
         q_KBHTE = rotate(q, cos_TE * self.attention_scale, sin_TE * self.attention_scale)
         k_KBHTE = rotate(k, cos_TE, sin_TE)
+        softmax = c.attention == "softmax"
+        tap = None
+        if probe is not None:
+            tap = probe.attention(i, q_KBHTE, k_KBHTE, scale=self.attention_scale, softmax=softmax)
         out_KBTHE = attend(
             q_KBHTE,
             k_KBHTE,
             v.transpose(2, 3),
             mask_TS=self.mask_TS[:T, :T],
-            softmax=c.attention == "softmax",
+            softmax=softmax,
             dtype=self.softmax_dtype,
-            tap=None
-            if probe is None
-            else probe.attention(i, q_KBHTE / self.attention_scale, k_KBHTE, softmax=c.attention == "softmax"),
+            tap=tap,
         )
         return torch.bmm(out_KBTHE.view(K, B * T, c.width), params[f"{at}.out"])
 

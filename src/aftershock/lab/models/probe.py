@@ -21,37 +21,43 @@ class Probe:
         self.values: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def attention(self, block: int, q_KBHTE: Tensor, k_KBHTE: Tensor, *, softmax: bool) -> ScoreTap:
-        """Record |q|, |k| (mean L2 norm over tokens and heads) and their mean cosine; return the tap for the scores.
+    def attention(self, block: int, q_KBHTE: Tensor, k_KBHTE: Tensor, *, scale: float, softmax: bool) -> ScoreTap:
+        """Record |q| and |k| (mean L2 norm over tokens and heads); return the tap that sees the scores.
 
-        Only weights that are probabilities (`softmax`) have an entropy: mean over queries and heads, nats.
+        `q_KBHTE` already has the attention `scale` in it, which its norm leaves out again. Only weights that are
+        probabilities (`softmax`) have an entropy: mean over queries and heads, nats.
         """
         at = f"attn/blocks.{block}"
         dtype = torch.promote_types(q_KBHTE.dtype, torch.float32)
-        q, k = q_KBHTE.detach().to(dtype), k_KBHTE.detach().to(dtype)
-        q_norm, k_norm = q.norm(dim=-1), k.norm(dim=-1)
-        self.values[f"{at}/q_norm"] = q_norm.flatten(1).mean(1)
-        self.values[f"{at}/k_norm"] = k_norm.flatten(1).mean(1)
-        # Mean over all unmasked pairs: the alignment that multiplies the norms in a logit.
-        T = q.shape[-2]
-        unit_q = q / q_norm[..., None].clamp(min=1e-30)
-        unit_k = k / k_norm[..., None].clamp(min=1e-30)
-        pairs = (unit_q * unit_k.cumsum(-2)).sum((-1, -2)) / (T * (T + 1) / 2)
-        self.values[f"{at}/qk_cosine"] = pairs.flatten(1).mean(1)
+        q_norm_GT, k_norm_GT = (
+            torch.linalg.vector_norm(x.detach(), dim=-1, dtype=dtype).flatten(0, 2) for x in (q_KBHTE, k_KBHTE)
+        )
+        self.values[f"{at}/q_norm"] = self._mean(q_norm_GT) / scale
+        self.values[f"{at}/k_norm"] = self._mean(k_norm_GT)
 
         @torch.no_grad()
         def tap(scores_GTS: Tensor, weights_GTS: Tensor) -> None:
-            scores_KX = scores_GTS.view(self.num_replicas, -1)
-            top_K = scores_KX.amax(1).to(weights_GTS.dtype)
-            unmasked = torch.where(scores_KX == -torch.inf, torch.inf, scores_KX)
-            bottom_K = unmasked.amin(1).to(weights_GTS.dtype)
+            top_K = scores_GTS.view(self.num_replicas, -1).amax(1).to(dtype)
+            # Masked pairs become 0: out of the way of the smallest score's magnitude, and of the sum of cosines.
+            unmasked_GTS = scores_GTS.to(dtype).nan_to_num(nan=torch.nan, posinf=torch.inf, neginf=0.0)
+            bottom_K = unmasked_GTS.view(self.num_replicas, -1).amin(1)
             self.values[f"{at}/max_logit"] = top_K
             self.values[f"{at}/max_abs_logit"] = torch.maximum(top_K, -bottom_K)
+            # Mean over all unmasked pairs of score / (|q| |k|): the alignment that multiplies the norms in a logit.
+            T = q_norm_GT.shape[1]
+            inverse_q_GT, inverse_k_GT = (norm_GT.clamp(min=1e-30).reciprocal() for norm_GT in (q_norm_GT, k_norm_GT))
+            rows_GT = torch.bmm(unmasked_GTS, inverse_k_GT[..., None]).squeeze(-1)
+            self.values[f"{at}/qk_cosine"] = self._mean(rows_GT * inverse_q_GT) / ((T + 1) / 2)
             if softmax:
-                entropy_GT = torch.special.entr(weights_GTS).sum(-1)
-                self.values[f"{at}/entropy"] = entropy_GT.view(self.num_replicas, -1).mean(1)
+                # 0 log 0 = 0: a weight below the smallest number is raised to it before the logarithm.
+                log_GTS = weights_GTS.clamp(min=torch.finfo(weights_GTS.dtype).tiny).log_()
+                self.values[f"{at}/entropy"] = -self._mean(torch.linalg.vecdot(weights_GTS, log_GTS))
 
         return tap
+
+    def _mean(self, value_GT: Tensor) -> Tensor:
+        """Mean over the batch, heads and queries of each replica."""
+        return value_GT.reshape(self.num_replicas, -1).mean(1)
 
     @torch.no_grad()
     def output(self, block: int, x_KND: Tensor) -> None:
