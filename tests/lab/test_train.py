@@ -78,7 +78,7 @@ def same(a: RunReader, b: RunReader) -> None:
     assert all(torch.equal(tensors[name], others[name]) for name in tensors)
 
 
-TIMING = ("seconds", "steps_this_session")
+TIMING = ("seconds", "steps_since_resume")
 
 
 @pytest.mark.parametrize("precision", [{}, {"matmul": "bfloat16"}, {"params": "float64", "loss": "float64"}])
@@ -100,7 +100,7 @@ def test_round_trip_in_mid_run(tmp_path: Path, precision: dict[str, Any], stops:
         assert a == b
         resumes = [event.step for event in readers[1].events() if event.kind == "resumed"]
         assert resumes == [stop // 5 * 5 for stop in stops if stop >= 5]
-    assert resumed[0]["steps_this_session"] == 20 - max(stops) // 5 * 5
+    assert resumed[0]["steps_since_resume"] == 20 - max(stops) // 5 * 5
 
 
 def test_a_snapshot_holds_the_state(tmp_path: Path) -> None:

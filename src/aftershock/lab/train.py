@@ -174,7 +174,7 @@ def _summary(
             p.spec.size for p in fleet.layout.places if p.spec.name not in outside and len(p.spec.shape) > 1
         ),
         "seconds": seconds / fleet.size,
-        "steps_this_session": steps_here,
+        "steps_since_resume": steps_here,
         "fleet_size": fleet.size,
     }
 
