@@ -44,6 +44,14 @@ def test_dry_run_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not (tmp_path / "study").exists()
 
 
+def test_a_model_that_is_set_is_the_one_that_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The usual sizes step back: the second task with its own model, from flags alone."""
+    task = ["--set", "data.kind=modular", "--set", "model.kind=mlp", "--lrs", "1e-2"]
+    assert _cli("sweep", "--out", str(tmp_path / "study"), *task, "--dry-run") == 0
+    [line] = capsys.readouterr().out.strip().splitlines()
+    assert "mlp256" in line
+
+
 def test_sensitivity_of_a_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "losses.csv"
     path.write_text("group,lr,loss\na,1e-3,3.0\na,1e-2,2.0\na,1e-1,nan\n")

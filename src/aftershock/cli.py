@@ -50,7 +50,7 @@ class Sweep:
     name: Annotated[str, arg(metavar="NAME")] = ""
     """Name of the study."""
     sizes: Annotated[tuple[str, ...], arg(metavar="SIZE ...")] = ()
-    """WIDTHxDEPTH, WIDTHxDEPTHxHEADS, or a name of the paper's family (2.4M ... 4.8B)."""
+    """WIDTHxDEPTH[xHEADS], or 2.4M ... 4.8B of the paper's family; 32x2 and 64x3 unless --set chooses the model."""
     arms: Annotated[tuple[str, ...], arg(metavar="ARM ...")] = ()
     """Interventions, joined by + within an arm: baseline no_qk_norm warmup:100+no_z_loss optim.beta2=0.99."""
     lrs: Annotated[tuple[float, ...], arg(metavar="RATE ...")] = ()
@@ -77,7 +77,9 @@ class Sweep:
         from aftershock.lab.presets import tiny_run
         from aftershock.lab.sweep import SweepSpec, expand, load_spec
 
-        spec = load_spec(self.from_) if self.from_ else SweepSpec(base=tiny_run(), sizes=("32x2", "64x3"))
+        # Who sets the model means that model: the usual two sizes would override it.
+        sizes = () if any(text.startswith("model.") for text in self.set) else ("32x2", "64x3")
+        spec = load_spec(self.from_) if self.from_ else SweepSpec(base=tiny_run(), sizes=sizes)
         given = {name: getattr(self, name) for name in ("name", "sizes", "arms", "lrs", "seeds")}
         changes = dict(_assignment(text) for text in self.set)
         base = override(spec.base, changes, where="--set")
