@@ -18,12 +18,12 @@ from aftershock.config import load_yaml
 from aftershock.lab.data import build_batches
 from aftershock.lab.fleet import Fleet, check_same
 from aftershock.lab.recipe import RunConfig
+from aftershock.lab.sweep import PROGRESS
 from aftershock.lab.train import OnStep, train_fleet
 from aftershock.store.folder import atomic_write
 from aftershock.store.sinks import sink_from_spec
 from aftershock.store.writer import RunWriter
 
-PROGRESS_FILE = "progress.json"
 PROGRESS_INTERVAL_S = 0.5
 
 
@@ -61,7 +61,7 @@ def run_folders(
                 )
                 for folder, config in zip(folders[here], configs[here], strict=True)
             ]
-            on_step = _progress_file(folders[start] / PROGRESS_FILE, num_runs=fleet.size)
+            on_step = _progress_file(folders[start] / PROGRESS, num_runs=fleet.size)
             summaries += train_fleet(fleet, writers, on_step=on_step)
     return summaries
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from aftershock.config import dump_yaml, from_dict, run_id, to_dict
+from aftershock.config import dump_yaml, from_dict, load_yaml, run_id, to_dict
 from aftershock.lab.interventions import BASELINE, apply
 from aftershock.lab.launch import Launcher, LocalLauncher, job_for
 from aftershock.lab.recipe import PAPER_LRS, RunConfig, fleet_key
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 RUNS = "runs"
 TIMINGS = "timings.json"
 PROGRESS = "progress.json"
+"""Written by a job into its fleet's first run folder: steps done and in all, and the number of runs they are for."""
 POLL_S = 0.2
 TRIES = 2
 """A job that dies (out of memory, kill -9) is started once more; what fails twice is reported."""
@@ -291,8 +292,6 @@ class _Sweep:
 
 def load_spec(path: str | Path) -> SweepSpec:
     """A SweepSpec from YAML, `base` holding only what differs from the defaults. Errors name the file and the key."""
-    from aftershock.config import load_yaml
-
     return load_yaml(SweepSpec, path)
 
 
