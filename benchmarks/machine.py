@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,6 +48,19 @@ def memory_mb(field: str) -> float:
     """`VmRSS` (resident now) or `VmHWM` (its peak) of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+class Clock:
+    """Adds up what passes between `start` and `stop`, which take and ignore what a hook is called with."""
+
+    def __init__(self) -> None:
+        self.seconds, self._started = 0.0, 0.0
+
+    def start(self, *_: Any) -> None:
+        self._started = time.perf_counter()
+
+    def stop(self, *_: Any) -> None:
+        self.seconds += time.perf_counter() - self._started
 
 
 def timed(function: Callable[[], object]) -> float:

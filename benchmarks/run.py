@@ -12,14 +12,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
-from benchmarks import machine, work
+from benchmarks import machine, results, tap_cost, work
 
-RESULTS = Path(__file__).with_name("RESULTS.md")
-BEGIN, END = "<!-- measured -->", "<!-- /measured -->"
 TOKENS = work.BATCH * work.CONTEXT
 RIVALS = {
     "eager fp32": {"autocast": False, "compiled": False},
@@ -167,11 +164,11 @@ def main() -> None:
         print("\n".join(lines[-9:]), file=sys.stderr, flush=True)
     lines += ["| figure | measured | target |", "|---|---|---|", *fleet(rounds=rounds)]
     lines += [measuring(128, rounds=2 * rounds), measuring(256, rounds=2 * rounds), cores(), *memory(), "", *gpu(), ""]
-    text = RESULTS.read_text() if RESULTS.exists() else f"# Speed\n\n{BEGIN}\n{END}\n"
-    before, after = text.split(BEGIN)[0], text.split(END)[1]
-    RESULTS.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"{END}{after}")
     print("\n".join(lines))
-    print(f"written to {RESULTS}")
+    results.write(lines, mark="measured")
+    watching = tap_cost.lines(rounds=max(3, rounds // 2))
+    print("\n".join(watching))
+    results.write(watching, mark="tap cost cpu")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,14 @@
-"""A tiny decoder with every kind of attention, and training that can be compared bit by bit."""
+"""A tiny decoder with every kind of attention, training that can be compared bit by bit, and real torchrun."""
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
@@ -11,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Kernel = Literal["eager", "sdpa"]
+SOURCE = Path(__file__).parents[2] / "src"
 VOCAB, WIDTH, HEADS, CONTEXT = 17, 12, 3, 8
 
 
@@ -89,3 +95,18 @@ def kit() -> Kit:
         return Decoder(kernel)
 
     return Kit(decoder, tokens, loss_of)
+
+
+@pytest.fixture(scope="session")
+def torchrun() -> Callable[..., list[Any]]:
+    """`torchrun(worker, *args, out, num_processes)`: what each rank wrote to `<out>.<rank>`; 1 is without torchrun."""
+
+    def run(worker: Path, *args: str, out: Path, num_processes: int) -> list[Any]:
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+        env = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        command = [sys.executable, *(launch if num_processes > 1 else []), str(worker), *args, str(out)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(num_processes)]
+
+    return run

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,28 +13,20 @@ from torch import nn
 from aftershock.signals.ranks import Sharding, is_sharded, local, meet, sharding
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
-SOURCE = Path(__file__).parents[2] / "src"
 
-
-def _run(way: str, out: Path) -> list[dict]:
-    launch = [] if way == "alone" else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    env = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, *launch, str(WORKER), way, str(out)], env=env, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(1 if way == "alone" else 2)]
+Torchrun = Callable[..., list[Any]]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    return _run("alone", tmp_path_factory.mktemp("alone") / "rows")[0]
+def alone(torchrun: Torchrun, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    return torchrun(WORKER, "alone", out=tmp_path_factory.mktemp("alone") / "rows", num_processes=1)[0]
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp", "hsdp-fsdp2"])
-def test_equivalence_with_one_process(alone: dict, tmp_path: Path, way: str) -> None:
+def test_equivalence_with_one_process(torchrun: Torchrun, alone: dict, tmp_path: Path, way: str) -> None:
     """DDP, FSDP2, and FSDP2 on a mesh that replicates: each statistic of each step; both ranks the same bits."""
-    first, second = _run("fsdp_hybrid" if way.startswith("hsdp") else way, tmp_path / "rows")
+    name = "fsdp_hybrid" if way.startswith("hsdp") else way
+    first, second = torchrun(WORKER, name, out=tmp_path / "rows", num_processes=2)
     assert first == second
     assert first["notes"] == alone["notes"] == []
     for many, one in zip(first["rows"], alone["rows"], strict=True):

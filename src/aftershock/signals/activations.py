@@ -7,10 +7,8 @@ one step late. The hooks live only inside a `with`, return nothing and keep no t
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -19,8 +17,7 @@ from torch import Tensor, nn
 
 from aftershock.signals.places import Notes, module_places
 from aftershock.signals.ranks import Sharding, meet
-from aftershock.signals.reader import LateReader
-from aftershock.signals.tap import Measured
+from aftershock.signals.reader import Carrier, Measured
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -102,29 +99,21 @@ class ActivationTap:
         self._outputs = module_places(model, places) if places else {}
         self._logits = module_places(model, logits) if logits else {}
         self._optimizer, self._every, self._group = optimizer, every, group
-        self._handles: list[Any] = []
         self._found: dict[tuple[str, str], list[Tensor]] = {}
-        self._reader, self._sent = LateReader(), deque[list[tuple[str, str]]]()
-        self._drained: list[Measured] = []
+        self._carrier = Carrier[list[tuple[str, str]]](_rows)
         self._paused = False
 
     def __enter__(self) -> Self:
-        if self._handles:
-            raise ValueError("this ActivationTap is open already; make one per `with`")
+        handles = self._carrier.open("ActivationTap")
         for stats, modules in (("output", self._outputs), ("logits", self._logits)):
             for place, module in modules.items():
-                self._handles.append(module.register_forward_hook(self._hook(stats, place)))
+                handles.append(module.register_forward_hook(self._hook(stats, place)))
         if self._optimizer is not None:
-            self._handles.append(self._optimizer.register_step_post_hook(lambda *_: self.end_step()))
+            handles.append(self._optimizer.register_step_post_hook(lambda *_: self.end_step()))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._drained += self._measured(self._reader.drain())
+    def __exit__(self, *_: object) -> None:
+        self._carrier.close()
         self._found = {}
 
     @contextmanager
@@ -146,15 +135,13 @@ class ActivationTap:
             if self._group is not None:
                 mine_P = torch.ones(len(keys), dtype=torch.bool, device=packed_PC.device)
                 packed_PC = meet(packed_PC, ["sum"] * 7 + ["max"], Sharding(mine_P, self._group))
-            self._reader.push(self.step, packed_PC)
-            self._sent.append(keys)
+            self._carrier.send(self.step, packed_PC, keys)
         self._found = {}
         self.step += 1
 
     def read(self, *, wait: bool = False) -> list[Measured]:
         """The steps that have come through since the last call; the newest is still under way (see `LateReader`)."""
-        done, self._drained = self._drained, []
-        return done + self._measured(self._reader.ready(wait=wait))
+        return self._carrier.read(wait=wait)
 
     def rewind(self, step: int) -> None:
         """Go on counting from `step`; what the present step has seen so far is dropped."""
@@ -174,9 +161,6 @@ class ActivationTap:
                 self._found.setdefault((stats, place), []).append(columns(x))
 
         return hook
-
-    def _measured(self, arrivals: Iterable[Any]) -> list[Measured]:
-        return [Measured(step, _rows(self._sent.popleft(), values_PC)) for step, values_PC in arrivals]
 
 
 def _combined(calls: list[Tensor]) -> Tensor:

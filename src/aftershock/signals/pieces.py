@@ -1,9 +1,10 @@
 """Lists of tensors cut into flat pieces, so that a chain of elementwise work stays in the cache or in few kernels.
 
 Legend: P places, N pieces.
-A piece is at most PIECE elements of one tensor; a group of pieces is worked on at once. On a CPU a group is a megabyte
-of float32 and the intermediate results never leave the cache; on a GPU it is large and a group is one kernel per
-operation. Counts are sums of 0 and 1 in float32: exact, because a piece has at most 2^24 elements.
+A piece is at most PIECE elements of one tensor; a group of pieces is worked on at once. On a CPU a group is half a
+megabyte of float32, so that three of them and what is made of them stay in a core's cache; on a GPU it is large and a
+group is one kernel per operation. Counts are sums of 0 and 1 in float32: exact, because a piece has at most 2^24
+elements.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-PIECE = {"cpu": 1 << 18, "other": 1 << 24}
-GROUP = {"cpu": 1 << 18, "other": 1 << 26}
+PIECE = {"cpu": 1 << 17, "other": 1 << 24}
+GROUP = {"cpu": 1 << 17, "other": 1 << 26}
 
 
 class Cut:
@@ -26,6 +27,8 @@ class Cut:
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
         self.groups: list[list[tuple[int, slice]]] = [[]]
         self._index: dict[tuple[int, ...], Tensor] = {}
+        self._room: Tensor | None = None
+        self._views: dict[tuple[tuple[torch.dtype, int], ...], list[Tensor]] = {}
         room = GROUP[kind]
         for place, size in enumerate(sizes):
             for start in range(0, size, PIECE[kind]):
@@ -47,8 +50,8 @@ class Cut:
 
         `tensors` are lists of length P that are read side by side; a place with a None in any of them is left out and
         gets nan. `work(places, pieces)` gets the places of a group and, for every list, its pieces in float32 or
-        float64, and returns by name one number per piece: a name that starts with `max_` is combined by maximum, one
-        that starts with `norm_` is squared and then summed, any other is summed.
+        float64, and returns by name one number per piece: a name that starts with `max_` is combined by maximum, any
+        other is summed.
         """
         here = [all(one is not None for one in side) for side in zip(*tensors, strict=True)]
         flats = [[None if t is None else t.reshape(-1) for t in side] for side in tensors]
@@ -70,12 +73,28 @@ class Cut:
         sums = {name: self._combine(name, found[name], index_N) if found else zero_P for name in names}
         return {name: torch.where(absent_P, torch.nan, sum_P) for name, sum_P in sums.items()}
 
+    def scratch(self, pieces: Sequence[Tensor]) -> list[Tensor] | None:
+        """On a CPU: room for results like `pieces`, the same memory for every group; elsewhere None.
+
+        Fresh memory would be fetched and handed back once per operation and group, page by page.
+        """
+        if self.device.type != "cpu":
+            return None
+        key = tuple((piece.dtype, piece.numel()) for piece in pieces)
+        if key not in self._views:
+            if self._room is None:
+                most = max(sum(where.stop - where.start for _, where in group) for group in self.groups)
+                self._room = torch.empty(most, dtype=torch.float64)
+            rooms = self._room[: sum(size for _, size in key)].split([size for _, size in key])
+            self._views[key] = [room.view(dtype)[:size] for room, (dtype, size) in zip(rooms, key, strict=True)]
+        return self._views[key]
+
     def _combine(self, name: str, numbers: list[Tensor], index_N: Tensor) -> Tensor:
         value_N = torch.stack(numbers).to(self.dtype)
         zero_P = torch.zeros(self.num_places, dtype=self.dtype, device=self.device)
         if name.startswith("max_"):
             return zero_P.scatter_reduce(0, index_N, value_N, "amax")
-        return zero_P.index_add(0, index_N, value_N.square() if name.startswith("norm_") else value_N)
+        return zero_P.index_add(0, index_N, value_N)
 
     def _places(self, places_N: tuple[int, ...]) -> Tensor:
         return self._kept(places_N, torch.int64)

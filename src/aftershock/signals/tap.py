@@ -6,9 +6,7 @@ The tap reads; it writes to nothing that trains. What it can not measure it says
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 import numpy as np
@@ -19,18 +17,11 @@ from aftershock.signals import tensors
 from aftershock.signals.pieces import Cut
 from aftershock.signals.places import Notes, match, parameter_places, plain_name
 from aftershock.signals.ranks import is_sharded, local, meet, sharding
-from aftershock.signals.reader import LateReader
+from aftershock.signals.reader import Carrier, Measured
 from aftershock.signals.tensors import CHEAP, STATS, AdamFacts, Stat
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-
-class Measured(NamedTuple):
-    """The signals of one optimizer step: `kind/place/stat` to a number; nan and inf are numbers too."""
-
-    step: int
-    values: dict[str, float]
 
 
 class _Sent(NamedTuple):
@@ -57,7 +48,7 @@ class TensorTap:
     - `embeddings`: patterns of the parameters to set against the median place; by default those of nn.Embedding
     - `group`: the processes that hold pieces of the same DTensors; by default all
 
-    Cost per measured step with the default groups: about 12 reads and writes of the parameters' size, and one copy of
+    Cost per measured step with the default groups: six reads and one write of the parameters' size, and one copy of
     the parameters in memory for "update"; "cosines" keeps a copy of the gradients.
 
     Example:
@@ -106,34 +97,25 @@ class TensorTap:
                 "and call measure_gradients() between backward and clipping"
             )
         self._cut = Cut([local(p).numel() for p in self._params.values()], _device(self._params))
-        self._handles: list[Any] = []
-        self._reader, self._sent = LateReader(), deque[_Sent]()
-        self._drained: list[Measured] = []
+        self._carrier = Carrier[_Sent](self._rows)
         self._forget()
         self._counted = 0
         self._graph_task = -1
 
     def __enter__(self) -> Self:
-        if self._handles:
-            raise ValueError("this TensorTap is open already; make one per `with`")
+        handles = self._carrier.open("TensorTap")
         self._count_again()
-        self._handles += [
+        handles += [
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
             self._optimizer.register_load_state_dict_post_hook(self._count_again),
         ]
         if self._mode == "backward" and self._stats & {"grad", "elements"}:
-            hooks = [p.register_post_accumulate_grad_hook(self._queue) for p in self._params.values()]
-            self._handles += hooks
+            handles += [p.register_post_accumulate_grad_hook(self._queue) for p in self._params.values()]
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._drained += self._measured(self._reader.drain())
+    def __exit__(self, *_: object) -> None:
+        self._carrier.close()
         self._forget()
 
     def read(self, *, wait: bool = False) -> list[Measured]:
@@ -141,8 +123,7 @@ class TensorTap:
 
         Never waits for a GPU unless `wait` is set (see `LateReader.ready`). After the `with`, everything is there.
         """
-        done, self._drained = self._drained, []
-        return done + self._measured(self._reader.ready(wait=wait))
+        return self._carrier.read(wait=wait)
 
     @torch.no_grad()
     def measure_gradients(self) -> None:
@@ -212,16 +193,17 @@ class TensorTap:
         self._columns = {}
         if not self._due():
             return
-        weights = [local(p) for p in self._params.values()]
-        if self._stats & {"param", "update"}:
-            self._columns |= tensors.norm_columns(self._cut, weights, name="param")
-        if "elements" in self._stats:
-            self._columns |= tensors.element_columns(self._cut, weights, name="param")
+        weights, found = [local(p) for p in self._params.values()], {}
         if self._stats & {"update", "cosines", "elements"}:
             if not self._before:
                 self._before = [_empty_copy(w) for w in weights]
-            if self._before:
-                torch._foreach_copy_(self._before, weights)
+            found = tensors.copy_columns(self._cut, self._before, weights, name="param")
+        elif "param" in self._stats:
+            found = tensors.norm_columns(self._cut, weights, name="param")
+        if self._stats & {"param", "update"}:
+            self._columns |= found
+        if "elements" in self._stats:
+            self._columns |= tensors.element_columns(self._cut, weights, name="param")
 
     @torch.no_grad()
     def _after_step(self, *_: Any) -> None:
@@ -247,7 +229,8 @@ class TensorTap:
             columns["norm_grad_clipped"] = columns["norm_step_grad"]
             present["grad_clipped"] = present["step_grad"]
         if stats & {"update", "cosines", "elements"}:
-            columns |= tensors.update_columns(cut, self._before, weights)
+            keep = bool(stats & {"cosines", "elements"})
+            columns |= tensors.update_columns(cut, self._before, weights, keep=keep)
             if "elements" in stats:
                 columns |= tensors.element_columns(cut, self._before, name="update")
         if "cosines" in stats:
@@ -263,8 +246,7 @@ class TensorTap:
             return
         packed = torch.stack([columns[name] for name in names], dim=1)
         how = ["max" if name.startswith("max_") else "sum" for name in names]
-        self._reader.push(self.step, meet(packed, how, self._shares))
-        self._sent.append(_Sent(names, present, facts))
+        self._carrier.send(self.step, meet(packed, how, self._shares), _Sent(names, present, facts))
 
     def _adam(
         self, grads: list[Tensor | None], columns: dict[str, Tensor], present: dict[str, np.ndarray]
@@ -313,21 +295,12 @@ class TensorTap:
         taken = [state["step"] for state in self._optimizer.state.values() if "step" in state]
         self._counted = int(max((float(one) for one in taken), default=0.0))
 
-    def _measured(self, arrivals: Iterable[Any]) -> list[Measured]:
-        done = []
-        for step, values_PC in arrivals:
-            sent = self._sent.popleft()
-            columns = dict(zip(sent.names, values_PC.T, strict=True))
-            columns |= {f"present_{name}": mask for name, mask in sent.present.items()}
-            values = tensors.statistics(
-                columns,
-                places=list(self._params),
-                sizes=self._sizes,
-                facts=sent.facts,
-                embeddings=self._embeddings,
-            )
-            done.append(Measured(step, values))
-        return done
+    def _rows(self, sent: _Sent, values_PC: np.ndarray) -> dict[str, float]:
+        columns = dict(zip(sent.names, values_PC.T, strict=True))
+        columns |= {f"present_{name}": mask for name, mask in sent.present.items()}
+        return tensors.statistics(
+            columns, places=list(self._params), sizes=self._sizes, facts=sent.facts, embeddings=self._embeddings
+        )
 
 
 def _embeddings(model: nn.Module, params: dict[str, Tensor], patterns: str | Sequence[str] | None) -> list[str]:

@@ -42,7 +42,20 @@ def norm_columns(cut: Cut, tensors: Tensors, *, name: str) -> dict[str, Tensor]:
 
     Squares are taken in float32 at least: |x| above 1e19 gives inf although every element is finite.
     """
-    return cut.columns([tensors], lambda _, lists: {f"norm_{name}": _norms(lists[0])}, names=[f"norm_{name}"])
+    return cut.columns([tensors], lambda _, lists: {f"norm_{name}": _squares(lists[0])}, names=[f"norm_{name}"])
+
+
+def copy_columns(cut: Cut, copies: Tensors, tensors: Tensors, *, name: str) -> dict[str, Tensor]:
+    """`norm_<name>` = sum(x^2), and x into `copies`, which are contiguous and in float32 at least.
+
+    Cost: one read of x and one write, the sum on what is in the cache.
+    """
+
+    def work(_: list[int], lists: Lists) -> Found:
+        torch._foreach_copy_(lists[0], lists[1])
+        return {f"norm_{name}": _squares(lists[0])}
+
+    return cut.columns([copies, tensors], work, names=[f"norm_{name}"])
 
 
 def element_columns(cut: Cut, tensors: Tensors, *, name: str) -> dict[str, Tensor]:
@@ -72,16 +85,21 @@ def dot_columns(cut: Cut, a: Tensors, b: Tensors, *, name: str) -> dict[str, Ten
     return cut.columns([a, b], work, names=[f"dot_{name}"])
 
 
-def update_columns(cut: Cut, before: Tensors, after: Tensors) -> dict[str, Tensor]:
-    """`norm_update` = sum((after - before)^2); afterwards `before` holds before - after, which is minus the update.
+def update_columns(cut: Cut, before: Tensors, after: Tensors, *, keep: bool) -> dict[str, Tensor]:
+    """`norm_update` = sum((after - before)^2); with `keep`, `before` then holds before - after, minus the update.
 
     The update is what the parameter really did, whatever the optimizer, its rounding to bf16 included.
-    `before` are contiguous copies that the caller owns, in float32 at least. Cost: one read of both, one write.
+    `before` are contiguous copies that the caller owns, in float32 at least. Cost: one read of both, with `keep` one
+    write.
     """
 
     def work(_: list[int], lists: Lists) -> Found:
-        torch._foreach_sub_(lists[0], lists[1])
-        return {"norm_update": _norms(lists[0])}
+        scratch = lists[0] if keep else cut.scratch(lists[0])
+        if scratch is None:
+            return {"norm_update": _squares(torch._foreach_sub(lists[0], lists[1]))}
+        for x, y, out in zip(*lists, scratch, strict=True):
+            torch.sub(x, y, out=out)
+        return {"norm_update": _squares(scratch)}
 
     return cut.columns([before, after], work, names=["norm_update"])
 
@@ -89,15 +107,21 @@ def update_columns(cut: Cut, before: Tensors, after: Tensors) -> dict[str, Tenso
 def rms_t_columns(cut: Cut, grads: Tensors, second: Tensors, facts: AdamFacts) -> dict[str, Tensor]:
     """`norm_rms_t` = sum(g^2 / max(v, eps^2 b)) with v as stored and b = 1 - beta2^t its bias correction.
 
-    Cost: one read of g and v; three elementwise passes and a norm in scratch.
+    Cost: one read of g and v; on a CPU two elementwise passes and a dot product in cache, on a GPU three and a norm.
     """
     floor = facts.eps**2 * facts.bias2
 
     def work(places: list[int], lists: Lists) -> Found:
         grad, v = lists
-        scale = torch._foreach_clamp_min(v, [float(floor[place]) for place in places])
-        torch._foreach_sqrt_(scale)
-        return {"norm_rms_t": torch._foreach_norm(torch._foreach_div(grad, scale), 2)}
+        limits = [float(floor[place]) for place in places]
+        scratch = cut.scratch(v)
+        if scratch is None:
+            scale = torch._foreach_clamp_min(v, limits)
+            torch._foreach_sqrt_(scale)
+            return {"norm_rms_t": _squares(torch._foreach_div(grad, scale))}
+        for g, x, limit, out in zip(grad, v, limits, scratch, strict=True):
+            torch.div(g, torch.clamp_min(x, limit, out=out), out=out)
+        return {"norm_rms_t": [torch.dot(g, out) for g, out in zip(grad, scratch, strict=True)]}
 
     return cut.columns([grads, second], work, names=["norm_rms_t"])
 
@@ -114,7 +138,7 @@ def moment_columns(cut: Cut, first: Tensors, second: Tensors, facts: AdamFacts) 
         m, v = lists
         root = torch._foreach_sqrt(v)
         root_sum = _totals(root)
-        norm_m = torch._foreach_norm(m, 2)
+        squares = _squares(m)
         torch._foreach_mul_(root, [float(reach[place]) for place in places])
         over = torch._foreach_abs(m)
         torch._foreach_sub_(over, root)
@@ -123,7 +147,7 @@ def moment_columns(cut: Cut, first: Tensors, second: Tensors, facts: AdamFacts) 
         return {
             "saturated": _positive(list(over)),
             "floored": _positive(list(under)),
-            "norm_first": norm_m,
+            "norm_first": squares,
             "root_sum": root_sum,
         }
 
@@ -215,8 +239,12 @@ def _over_median(
                 rows[f"grad/{place}/over_median"] = float(norm_P[i] / median)
 
 
-def _norms(pieces: list[Tensor]) -> Sequence[Tensor]:
-    return torch._foreach_norm(pieces, 2)
+def _squares(pieces: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Sums of squares: on a GPU from one fused norm; on a CPU a dot product is the fastest reduction there is."""
+    if pieces[0].device.type == "cpu":
+        return [torch.dot(piece, piece) for piece in pieces]
+    norms = torch._foreach_norm(list(pieces), 2)
+    return torch._foreach_mul(norms, norms)
 
 
 def _positive(scratch: list[Tensor]) -> Sequence[Tensor]:

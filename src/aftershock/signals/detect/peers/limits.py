@@ -9,9 +9,10 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+from aftershock.signals.detect.peers.windowed import Windowed
 from aftershock.signals.detect.roles import Role
 from aftershock.signals.detect.rule import Rule, Step
-from aftershock.signals.detect.windows import mean, median, push
+from aftershock.signals.detect.windows import mean, median
 
 
 class CountState(NamedTuple):
@@ -221,14 +222,8 @@ class LogitCap(Rule[NoState]):
         return Step(state, "spike" if abs(value) > self.limit else "ok")
 
 
-class NormsState(NamedTuple):
-    """The last norms, oldest first."""
-
-    window: tuple[float, ...]
-
-
 @dataclass(frozen=True, kw_only=True)
-class MarinUpdate(Rule[NormsState]):
+class MarinUpdate(Windowed):
     """D19: the norm of Adam's update exceeds twice its median over the last 128, once full; every norm enters.
 
     Known defects: blind for the first 128 steps; while a NaN is in the window nothing fires.
@@ -239,14 +234,9 @@ class MarinUpdate(Rule[NormsState]):
     window: int = 128
     factor: float = 2.0
 
-    def init(self) -> NormsState:
-        return NormsState(())
-
-    def update(self, state: NormsState, value: float) -> Step[NormsState]:
-        window = state.window
+    def fires(self, window: tuple[float, ...], value: float) -> bool:
         full = len(window) == self.window and not any(map(math.isnan, window))
-        fires = full and value > self.factor * median(sorted(window))
-        return Step(NormsState(push(window, value, self.window)), "spike" if fires else "ok")
+        return full and value > self.factor * median(sorted(window))
 
 
 def _probability_rising(losses: tuple[float, ...]) -> float:

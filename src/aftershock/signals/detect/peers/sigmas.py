@@ -11,19 +11,14 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from aftershock.numerics import MAD_TO_SIGMA
+from aftershock.signals.detect.peers.windowed import Windowed, WindowState
 from aftershock.signals.detect.roles import Role
 from aftershock.signals.detect.rule import Rule, Step
 from aftershock.signals.detect.windows import mean, median_mad, push, std
 
 
-class WindowState(NamedTuple):
-    """The last values, oldest first."""
-
-    window: tuple[float, ...]
-
-
 @dataclass(frozen=True, kw_only=True)
-class OlmoSkip(Rule[WindowState]):
+class OlmoSkip(Windowed):
     """D5: not (x - mean <= 6 std) over the last 128, sample std without floor, from the 64th value on; all enter.
 
     Known defects: one NaN skips the next 128 good steps; a spike enters the window and masks those after it; blind for
@@ -35,19 +30,14 @@ class OlmoSkip(Rule[WindowState]):
     window: int = 128
     sigmas: float = 6.0
 
-    def init(self) -> WindowState:
-        return WindowState(())
-
-    def update(self, state: WindowState, value: float) -> Step[WindowState]:
-        window = state.window
-        fires = False
-        if len(window) + 1 >= max(20, self.window // 2):
-            fires = not (value - mean(window) <= self.sigmas * std(window, sample=True))
-        return Step(WindowState(push(window, value, self.window)), "spike" if fires else "ok")
+    def fires(self, window: tuple[float, ...], value: float) -> bool:
+        if len(window) + 1 < max(20, self.window // 2):
+            return False
+        return not (value - mean(window) <= self.sigmas * std(window, sample=True))
 
 
 @dataclass(frozen=True, kw_only=True)
-class LevanterSkip(Rule[WindowState]):
+class LevanterSkip(Windowed):
     """D5 as Levanter has it: population std with a floor of 1e-6, NaN left out of both, from the 65th value on.
 
     The ring holds 129 values. Known defects: as for OLMo a spike enters the window and masks those after it; blind for
@@ -60,23 +50,22 @@ class LevanterSkip(Rule[WindowState]):
     sigmas: float = 6.0
     floor: float = 1e-6
 
-    def init(self) -> WindowState:
-        return WindowState(())
+    @property
+    def size(self) -> int:
+        return self.window + 1
 
-    def update(self, state: WindowState, value: float) -> Step[WindowState]:
-        window = state.window
-        fires = False
-        if len(window) >= max(2, self.window // 2):
-            valid = [v for v in window if v == v]
-            middle, spread = (mean(valid), std(valid)) if valid else (0.0, self.floor)
-            middle = middle if math.isfinite(middle) else math.copysign(3.4028235e38, middle)  # nan_to_num, float32
-            spread = max(spread, self.floor) if math.isfinite(spread) else self.floor
-            fires = not (value <= middle + self.sigmas * spread)
-        return Step(WindowState(push(window, value, self.window + 1)), "spike" if fires else "ok")
+    def fires(self, window: tuple[float, ...], value: float) -> bool:
+        if len(window) < max(2, self.window // 2):
+            return False
+        valid = [v for v in window if v == v]
+        middle, spread = (mean(valid), std(valid)) if valid else (0.0, self.floor)
+        middle = middle if math.isfinite(middle) else math.copysign(3.4028235e38, middle)  # nan_to_num, float32
+        spread = max(spread, self.floor) if math.isfinite(spread) else self.floor
+        return not (value <= middle + self.sigmas * spread)
 
 
 @dataclass(frozen=True, kw_only=True)
-class StabilityMonitor(Rule[WindowState]):
+class StabilityMonitor(Windowed):
     """D6: x > mean + 6 population std over the last 128, once full; a std below 1e-10 is ignored; all values enter.
 
     Known defects: blind for the first 128 steps, to NaN, for 128 steps after one, and on a constant signal; a spike
@@ -88,20 +77,15 @@ class StabilityMonitor(Rule[WindowState]):
     window: int = 128
     sigmas: float = 6.0
 
-    def init(self) -> WindowState:
-        return WindowState(())
-
-    def update(self, state: WindowState, value: float) -> Step[WindowState]:
-        window = state.window
-        fires = False
-        if len(window) == self.window:
-            spread = std(window)
-            fires = spread >= 1e-10 and value > mean(window) + self.sigmas * spread
-        return Step(WindowState(push(window, value, self.window)), "spike" if fires else "ok")
+    def fires(self, window: tuple[float, ...], value: float) -> bool:
+        if len(window) < self.window:
+            return False
+        spread = std(window)
+        return spread >= 1e-10 and value > mean(window) + self.sigmas * spread
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpikeScore(Rule[WindowState]):
+class SpikeScore(Windowed):
     """D6b: at least 7 std away from the mean of the last 1,000, on either side; all values enter. From 1,000 on.
 
     Known defects: a fast improvement is a spike to it; blind for the first 1,000 steps and for 1,000 after a NaN.
@@ -112,16 +96,11 @@ class SpikeScore(Rule[WindowState]):
     window: int = 1000
     sigmas: float = 7.0
 
-    def init(self) -> WindowState:
-        return WindowState(())
-
-    def update(self, state: WindowState, value: float) -> Step[WindowState]:
-        window = state.window
-        fires = False
-        if len(window) == self.window:
-            spread = std(window)
-            fires = spread > 0 and abs(value - mean(window)) >= self.sigmas * spread
-        return Step(WindowState(push(window, value, self.window)), "spike" if fires else "ok")
+    def fires(self, window: tuple[float, ...], value: float) -> bool:
+        if len(window) < self.window:
+            return False
+        spread = std(window)
+        return spread > 0 and abs(value - mean(window)) >= self.sigmas * spread
 
 
 class ZClipState(NamedTuple):
@@ -167,7 +146,7 @@ class ZClip(Rule[ZClipState]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LevanterUpdate(Rule[WindowState]):
+class LevanterUpdate(Windowed):
     """D9: update norm > mean + 3 population std (at least 1e-6) over the last 128, once full; all norms enter.
 
     Known defects: a NaN blinds it for 128 steps; 3 sigma alarms on quiet runs; a spike masks those after it.
@@ -179,14 +158,9 @@ class LevanterUpdate(Rule[WindowState]):
     sigmas: float = 3.0
     floor: float = 1e-6
 
-    def init(self) -> WindowState:
-        return WindowState(())
-
-    def update(self, state: WindowState, value: float) -> Step[WindowState]:
-        window = state.window
+    def fires(self, window: tuple[float, ...], value: float) -> bool:
         full = len(window) == self.window
-        fires = full and value > mean(window) + self.sigmas * max(self.floor, std(window))
-        return Step(WindowState(push(window, value, self.window)), "spike" if fires else "ok")
+        return full and value > mean(window) + self.sigmas * max(self.floor, std(window))
 
 
 class CusumState(NamedTuple):
@@ -229,7 +203,7 @@ class Trainscope(Rule[CusumState]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainscopeZ(Rule[WindowState]):
+class TrainscopeZ(Windowed):
     """D11, alternative: z = (L - mean) / std > 3.5 over the last 200, from 30 on; every value enters.
 
     Known defects: a spike enters the window and masks those after it; a NaN blinds it for 200 steps.
@@ -241,17 +215,12 @@ class TrainscopeZ(Rule[WindowState]):
     arm_after: int = 30
     sigmas: float = 3.5
 
-    def init(self) -> WindowState:
-        return WindowState(())
-
-    def update(self, state: WindowState, value: float) -> Step[WindowState]:
-        window = state.window
-        fires = len(window) >= self.arm_after and value - mean(window) > self.sigmas * std(window) > 0
-        return Step(WindowState(push(window, value, self.window)), "spike" if fires else "ok")
+    def fires(self, window: tuple[float, ...], value: float) -> bool:
+        return len(window) >= self.arm_after and value - mean(window) > self.sigmas * std(window) > 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainscopePercentile(Rule[WindowState]):
+class TrainscopePercentile(Windowed):
     """D11, alternative: below the 1st or above the 99th percentile of the last 200, from 30 on; every value enters.
 
     Known defects: fires on about 2 % of healthy steps by construction, on either side; a NaN is not reported, and
@@ -264,16 +233,11 @@ class TrainscopePercentile(Rule[WindowState]):
     arm_after: int = 30
     share: float = 0.01
 
-    def init(self) -> WindowState:
-        return WindowState(())
-
-    def update(self, state: WindowState, value: float) -> Step[WindowState]:
-        window = state.window
-        fires = False
-        if len(window) >= self.arm_after:
-            ordered = sorted(window)
-            fires = value < _quantile(ordered, self.share) or value > _quantile(ordered, 1 - self.share)
-        return Step(WindowState(push(window, value, self.window)), "spike" if fires else "ok")
+    def fires(self, window: tuple[float, ...], value: float) -> bool:
+        if len(window) < self.arm_after:
+            return False
+        ordered = sorted(window)
+        return value < _quantile(ordered, self.share) or value > _quantile(ordered, 1 - self.share)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,168 @@
+"""`python -m benchmarks.tap_cost`: what watching a 100M-parameter decoder costs, ours and rivals', in one run.
+
+Each watcher takes two steps a round on one shared model: the first, untimed, pays for what is paid once; the second is
+set against the bare step of the same round. Steps of seconds differ by per cents for no reason, so the work of a
+watcher that does it in calls of its own is also timed alone, inside the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks import machine, results
+from benchmarks.rival import PlainDecoder
+from benchmarks.watchers import WATCHERS, Hooks, Missing
+
+SHAPES = {
+    "100M": {"width": 768, "depth": 12, "heads": 12, "vocab_size": 20_480, "context": 512},
+    "tiny": {"width": 64, "depth": 2, "heads": 1, "vocab_size": 256, "context": 64},
+}
+SEQUENCES = 4
+READING = """\
+## Cost of watching
+
+One decoder and one optimizer, watched by each in turn; every watcher against the bare step of its round: median of
+the rounds, with the smallest and the largest. `timed alone` is what the watcher's own calls took inside that step, so
+it is not blurred by steps that differ by per cents; hooks in forward and backward can not be timed so. Target of the
+tap: 2 %.
+The timed steps lie between what trainscope does every fifth step (activations) and every fiftieth (histograms), and
+before the thousandth forward pass, at which `wandb.watch` first records by default: so their defaults cost at least
+what stands here.
+Lightning's rule reads one number a step, so it has nothing of a tensor to pay for.
+"""
+STEPS = {"cpu": 1, "cuda": 20}
+"""Timed at a time: one step of seconds, or enough of milliseconds."""
+
+
+class Timed(NamedTuple):
+    """Seconds a step, and of them those in the watcher's own calls."""
+
+    step_s: float
+    own_s: float
+
+
+class Training:
+    """The shared model, its optimizer, and the step that everybody watches."""
+
+    def __init__(self, shape: dict[str, int], *, autocast: bool, device: str) -> None:
+        torch.manual_seed(0)
+        self.model: nn.Module = PlainDecoder(**shape)
+        self.model.head.weight = self.model.embed.weight  # tied, as GPT-2's
+        self.model.to(device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+        self.ids_BT = torch.randint(shape["vocab_size"], (SEQUENCES, shape["context"] + 1), device=device)
+        self.autocast, self.device, self.clock = autocast, device, machine.Clock()
+        self.num_parameters = sum(p.numel() for p in self.model.parameters())
+
+    def step(self, hooks: Hooks, index: int) -> None:
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.autocast):
+            logits_BTV = self.model(self.ids_BT[:, :-1])
+        loss = F.cross_entropy(logits_BTV.float().flatten(0, 1), self.ids_BT[:, 1:].flatten())
+        loss.backward()
+        self._timed(hooks.gradients, loss.detach())
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self._timed(hooks.end, loss.detach(), index)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def watched(self, name: str) -> Timed:
+        """Attach, one step to settle, then the timed ones; detach."""
+        num_steps = STEPS[self.device]
+        with WATCHERS[name](self.model, self.optimizer, self.clock) as hooks:
+            self.step(hooks, 0)
+            self._wait()
+            self.clock.seconds, started = 0.0, time.perf_counter()
+            for index in range(1, num_steps + 1):
+                self.step(hooks, index)
+            self._wait()
+            step_s = (time.perf_counter() - started) / num_steps
+            own_s = self.clock.seconds / num_steps if hooks.whole and self.device == "cpu" else float("nan")
+        gc.collect()
+        return Timed(step_s, own_s)
+
+    def _timed(self, call: object, *args: object) -> None:
+        assert callable(call)
+        self.clock.start()
+        call(*args)
+        self.clock.stop()
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def measure(shape: dict[str, int], *, rounds: int, autocast: bool, device: str) -> list[str]:
+    """One table: the watchers in turns, `rounds` times."""
+    training = Training(shape, autocast=autocast, device=device)
+    found: dict[str, list[Timed]] = {name: [] for name in WATCHERS}
+    missing: dict[str, str] = {}
+    for turn in range(rounds):
+        for name in WATCHERS:
+            if name in missing:
+                continue
+            try:
+                found[name].append(training.watched(name))
+            except Missing as package:
+                missing[name] = str(package)
+                continue
+            print(f"round {turn}: {name}: {found[name][-1]}", file=sys.stderr, flush=True)
+    bare = [timed.step_s for timed in found["bare"]]
+    mode = "bf16 autocast" if autocast else "float32"
+    tokens = training.ids_BT[:, 1:].numel()
+    title = f"{training.num_parameters / 1e6:.1f}M parameters, {tokens:,} tokens, {mode}, {device}"
+    lines = [
+        f"| {title}: bare step {statistics.median(bare):.2f} s | added to the step | timed alone |",
+        "|---|---|---|",
+    ]
+    for name, timed in found.items():
+        if name in missing:
+            lines.append(f"| {name} | not installed ({missing[name]}) | |")
+        elif name != "bare":
+            lines.append(f"| {name} | {_added(timed, bare)} | {_alone(timed, bare, training.num_parameters)} |")
+    return [*lines, ""]
+
+
+def lines(*, rounds: int, shape: str = "100M", device: str = "cpu") -> list[str]:
+    """Both precisions: float32 as a plain loop runs, and bf16 autocast, whose step is shorter."""
+    tables = [measure(SHAPES[shape], rounds=rounds, autocast=autocast, device=device) for autocast in (False, True)]
+    return [READING, *(line for table in tables for line in table)]
+
+
+def _added(timed: list[Timed], bare: list[float]) -> str:
+    extra = [one.step_s / step_s - 1 for one, step_s in zip(timed, bare, strict=True)]
+    return f"{statistics.median(extra):+.1%} ({min(extra):+.1%} to {max(extra):+.1%})"
+
+
+def _alone(timed: list[Timed], bare: list[float], num_parameters: int) -> str:
+    own_s = statistics.median(one.own_s for one in timed)
+    if own_s != own_s:
+        return "inside forward and backward"
+    return f"{own_s / statistics.median(bare):.2%}, {own_s / num_parameters * 1e9:.2f} ns a parameter"
+
+
+def main() -> None:
+    """Measure, print, and write the section of RESULTS.md."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5, help="turns every watcher is measured in")
+    parser.add_argument("--shape", choices=SHAPES, default="100M", help="tiny: to try the command; nothing is written")
+    parser.add_argument("--device", choices=STEPS, default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    found = lines(rounds=args.rounds, shape=args.shape, device=args.device)
+    print("\n".join(found))
+    if args.shape == "100M":
+        results.write(found, mark=f"tap cost {args.device}")
+
+
+if __name__ == "__main__":
+    main()
