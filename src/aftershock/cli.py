@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
+from aftershock.bench.command import Bench
 from aftershock.signals.detect.command import Detect
 
 if TYPE_CHECKING:
@@ -204,6 +205,7 @@ COMMANDS = {
     "sensitivity": Sensitivity,
     "detect": Detect,
     "claims": Claims,
+    "bench": Bench,
 }
 
 
@@ -213,6 +215,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         COMMANDS, prog="aftershock", description="A laboratory and a safety net for training instability.", args=argv
     )
     try:
+        if isinstance(command, Bench):
+            from aftershock.report.detectors import write_detectors_page
+
+            return command.run(write_detectors_page)
         return command.run()
     except (ValueError, OSError) as error:
         print(f"aftershock: {error}", file=sys.stderr)
