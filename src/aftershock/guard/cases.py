@@ -1,0 +1,64 @@
+"""From actions to incident folders: when one opens, what belongs to it, and what came of it.
+
+Must not import the guard or a policy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from aftershock.guard.events import Event, EventKind
+from aftershock.guard.incident import IncidentFile
+from aftershock.guard.incidentrecord import Point
+from aftershock.guard.policy import Action, Rewind, Seen, SkipStep, Stop
+from aftershock.signals.detect.combine import Moved
+from aftershock.signals.detect.roles import Role, role_of
+
+QUIET = 50
+"""Steps without any action after which a run has recovered: the cool-down of the policies."""
+
+
+class Cases:
+    """Opens an incident with the first action, adds what follows, closes it after `QUIET` quiet steps."""
+
+    def __init__(self, files: IncidentFile, *, signals: tuple[str, ...]) -> None:
+        self._files = files
+        self._measured: set[Role] = {role_of(name) for name in signals}
+        self._quiet = 0
+
+    def open(self, action: Action, seen: Seen) -> None:
+        """Before the action is carried out: a new incident unless one is open."""
+        self._quiet = 0
+        if self._files.current is not None:
+            return
+        kind = {SkipStep: "skip", Rewind: "rewind", Stop: "stop"}.get(type(action), "scale")
+        moved = [Moved(name, verdict, seen.step, seen.step) for name, verdict in seen.verdicts.items()]
+        self._files.open(
+            "nonfinite" if "nonfinite" in seen.verdicts.values() else kind,
+            at=Point(seen.step, seen.batch_id),
+            moved=moved,
+            measured=self._measured,
+        )
+
+    def did(self, kind: EventKind, seen: Seen, data: Mapping[str, Any]) -> None:
+        """Something was done or seen while one is open."""
+        if self._files.current is not None:
+            import time
+
+            self._files.did(Event(kind, seen.step, seen.batch_id, time.time(), dict(data)))
+
+    def quiet(self, seen: Seen) -> None:
+        """One step on which nothing was done."""
+        if self._files.current is None:
+            return
+        self._quiet += 1
+        if self._quiet >= QUIET:
+            self.end("recovered", seen)
+
+    def end(self, how: Literal["recovered", "stopped", "interrupted"], seen: Seen | None = None) -> None:
+        """Close the open incident, if any."""
+        current = self._files.current
+        if current is not None:
+            at = current.at if seen is None else Point(seen.step, seen.batch_id)
+            self._files.close(how, at)
