@@ -1,0 +1,1 @@
+"""The zoo: training runs of seconds with a known end, and their labels: what detectors and replays are tried on."""
