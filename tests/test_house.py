@@ -28,6 +28,7 @@ LEVELS = {
     "signals": 3,
     "guard": 4,
     "lab": 5,
+    "testing": 5,
     "replay": 5,
     "forecast": 6,
     "phenomena": 7,

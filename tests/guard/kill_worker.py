@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from aftershock.guard.disk import newest, restore_from
+from aftershock.guard.disk import restore_from
 from aftershock.guard.recorder import FlightRecorder
+from aftershock.guard.shelf import newest
 from aftershock.guard.state import Training
 
 

@@ -16,8 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aftershock.guard.disk import newest, restore_from
+from aftershock.guard.disk import restore_from
 from aftershock.guard.recorder import FlightRecorder
+from aftershock.guard.shelf import newest
 from aftershock.guard.state import Training
 from aftershock.signals.ranks import is_sharded
 

@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from aftershock.guard.disk import COMPLETE, Snapshot, load_snapshot, newest, restore_from, verify, write_snapshot
+from aftershock.guard.disk import Snapshot, load_snapshot, restore_from, write_snapshot
 from aftershock.guard.recorder import FlightRecorder
+from aftershock.guard.shelf import COMPLETE, newest, verify
 from aftershock.guard.state import Kept, State, StepRow, Training
 from aftershock.guard.tree import split
 
@@ -125,13 +126,14 @@ def test_any_tensors_come_back(tmp_path_factory: pytest.TempPathFactory, tensors
 
 
 def test_the_last_ones_are_kept(tmp_path: Path) -> None:
-    """contract: the newest `keep`; going back drops the branch that was left; the new one always stays."""
+    """contract: the newest `keep` steps, the first and last of each; going back drops the branch that was left; the new one always stays."""
     saved(tmp_path, 10, 20, 30, 40)
     assert steps_in(tmp_path) == [20, 30, 40]
     saved(tmp_path, 25)
     assert steps_in(tmp_path) == [20, 25]
     saved(tmp_path, 25, keep=1)
-    assert steps_in(tmp_path) == [25]
+    saved(tmp_path, 25, keep=1)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["snap-000005-step-25", "snap-000007-step-25"]
     saved(tmp_path, 0)
     assert steps_in(tmp_path) == [0]
     with pytest.raises(ValueError, match="keep is 0"):

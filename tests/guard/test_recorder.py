@@ -252,7 +252,7 @@ def test_save_writes_the_ring_not_the_present(tmp_path: Path) -> None:
     recorder.take(4, 9)
     then = weights(training)
     train(training, 2)
-    recorder.note(StepRow(5, 10, 1.0, 2.0, 0.1))
+    recorder.note(StepRow(5, 10, 1.0, 2.0, 0.1, 0.01))
     recorder.keep_batch(10, [torch.ones(2)])
     saved = load_snapshot(recorder.save(tmp_path, 4))
     assert saved.at == Kept(4, 9)

@@ -1,6 +1,6 @@
-"""`aftershock bench`: the benchmark of detectors, from the record or run again.
+"""`aftershock bench`: the benchmark of detectors and the fault injection study, from the record or run again.
 
-The page is the report's, which this room may not import: whoever runs the command hands its writer in.
+The pages are the report's, which this room may not import: whoever runs the command hands their writers in.
 """
 
 from __future__ import annotations
@@ -15,29 +15,41 @@ from tyro.conf import Positional, arg
 
 if TYPE_CHECKING:
     from aftershock.bench.records import Record
+    from aftershock.bench.survival_record import Study
 
 WritePage = Callable[["Record", Path], Path]
 """Writes the page of a record into a folder; returns its path. `report.detectors.write_detectors_page` is one."""
+WriteStudyPage = Callable[["Study", Path], Path]
+"""The same of the fault injection study: `report.survival.write_survival_page`."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What detectors are worth on runs whose trouble is known: the record, or the whole benchmark again."""
+    """What detectors or policies are worth on runs whose trouble is known: the record, or all of it again."""
 
-    what: Positional[Literal["detectors"]]
-    """The benchmark: detectors."""
+    what: Positional[Literal["detectors", "guard"]]
+    """The benchmark of detectors, or the fault injection study of the guard's policies."""
     out: Path = Path("out/bench")
     """Folder for the page, and with --rerun for runs and record; an interrupted run goes on from there."""
     rerun: bool = False
-    """Train the corpus and judge every detector again (about half an hour on two cores), and write the record."""
+    """Train and judge everything again (about half an hour on two cores), and write the record."""
     specimens: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
     """Only these specimens of the zoo; such a record stays in --out."""
+    policies: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
+    """Guard only: these policies, or all, on every specimen; such a record stays in --out."""
+    seeds: int | None = None
+    """Guard only: so many seeds for each specimen and policy; such a record stays in --out."""
     processes: int = 2
     """Worker processes of one thread each."""
     json: bool = False
     """Print the record as JSON."""
 
-    def run(self, write_page: WritePage) -> int:
+    def run(self, write_page: WritePage, write_study_page: WriteStudyPage | None = None) -> int:
+        """Exit status. Without `write_study_page` the study is printed only."""
+        if self.what == "guard":
+            return self._guard(write_study_page)
+        if self.policies or self.seeds is not None:
+            raise ValueError("--policies and --seeds are for the guard: aftershock bench guard")
         from aftershock.bench.records import read_record
         from aftershock.bench.table import print_record, record_json
 
@@ -49,6 +61,39 @@ class Bench:
             print_record(record)
             sys.stdout.write(f"\npage: {page}\n")
         return 0
+
+    def _guard(self, write_page: WriteStudyPage | None) -> int:
+        from aftershock.bench.survival_record import read_study, study_json
+        from aftershock.bench.survival_table import print_study
+
+        study = self._study_again() if self.rerun else read_study(self.out)
+        page = None if write_page is None else write_page(study, self.out)
+        if self.json:
+            sys.stdout.write(study_json(study) + "\n")
+            return 0
+        print_study(study)
+        if page is not None:
+            sys.stdout.write(f"\npage: {page}\n")
+        return 0
+
+    def _study_again(self) -> Study:
+        from aftershock.bench.records import checkout_folder
+        from aftershock.bench.survival_record import write_study
+        from aftershock.bench.survival_study import run_study
+
+        study = run_study(
+            self.out,
+            specimens=self.specimens,
+            policies=self.policies,
+            seeds=self.seeds,
+            processes=self.processes,
+            on_progress=_Lines("runs trained"),
+        )
+        write_study(self.out, study)
+        own = checkout_folder()
+        if own is not None and not (self.specimens or self.policies or self.seeds is not None):
+            write_study(own, study)
+        return study
 
     def _again(self) -> Record:
         from aftershock.bench.detectors import Phases, run_benchmark

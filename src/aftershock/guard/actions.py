@@ -46,6 +46,17 @@ class Clock:
     stopped: Stop | None = None
     counts: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def done(self) -> dict[str, int]:
+        """How many events of each kind there were, but coming and going."""
+        return {kind: n for kind, n in sorted(self.counts.items()) if kind not in ("attached", "resumed", "audited")}
+
+    def report(self) -> str:
+        """One line: steps, and what was seen and done."""
+        words = ", ".join(f"{number} {kind}" for kind, number in self.done.items()) or "nothing happened"
+        end = "" if self.stopped is None else f"; stopped: {self.stopped.reason}"
+        return f"guard: {self.step} steps, {words}{end}"
+
 
 class Actions:
     """Does what a policy says, on one run. Every rank calls it with the same action."""
@@ -68,6 +79,8 @@ class Actions:
         self._clock, self._optimizer, self._recorder = clock, optimizer, recorder
         self._watch, self._policy, self._log, self._stream = watch, policy, log, stream
         self._cases, self._skip_file, self._mode, self._dry_run = cases, skip_file, mode, dry_run
+        self.went_back = False
+        """A rewind or stop was carried out and is not on the disk yet."""
 
     def tell(self, kind: EventKind, seen: Seen, **data: Any) -> None:
         """One event about a step, counted for the report, and added to the open incident."""
@@ -77,12 +90,12 @@ class Actions:
             numbers["verdicts"] = dict(seen.verdicts)
         self._log.event(kind, seen.step, seen.batch_id, **data, **numbers)
         if self._cases is not None:
-            self._cases.did(kind, seen, data | numbers)
+            self._cases.did(kind, seen, data | numbers, self._watch.moved)
 
-    def say(self, kind: EventKind, reason: str) -> None:
+    def say(self, kind: EventKind, reason: str, **data: Any) -> None:
         """One event that is about no step in particular."""
         self._clock.counts[kind] += 1
-        self._log.event(kind, self._clock.step, self._stream.next_id, reason=reason)
+        self._log.event(kind, self._clock.step, self._stream.next_id, reason=reason, **data)
 
     def quiet(self, seen: Seen) -> None:
         """A step on which nothing was done."""
@@ -98,7 +111,7 @@ class Actions:
                 self.tell("alarm", seen, cause=seen.cause)
             return
         if self._cases is not None and not self._dry_run:
-            self._cases.open(action, seen)
+            self._cases.open(action, seen, self._watch.moved)
         data = action._asdict() | {"cause": seen.cause}
         if too_late and isinstance(action, SkipStep):
             self.tell("alarm", seen, **data | {"reason": f"too late to skip, the step was taken: {action.reason}"})
@@ -121,7 +134,7 @@ class Actions:
         """Weights, optimizer, scheduler, scaler and extras go back; in "restart" data and random numbers as well."""
         restart = self._mode == "restart"
         kept = self._recorder.restore(action.to_step, rng=restart)
-        self._clock.step = kept.step
+        self._clock.step, self.went_back = kept.step, True
         self._stream.skips.add(*action.skip, action.reason)
         if self._skip_file is not None:
             self._stream.skips.write(self._skip_file)
@@ -138,7 +151,7 @@ class Actions:
     def _stop(self, action: Stop) -> None:
         if self._recorder.healthy:
             self._clock.step = self._recorder.restore(self._recorder.healthy[-1], rng=False).step
-        self._clock.stopped, self._stream.stopped = action, True
+        self._clock.stopped, self._stream.stopped, self.went_back = action, True, True
         if self._cases is not None:
             self._cases.end("stopped")
 

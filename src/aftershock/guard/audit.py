@@ -30,6 +30,7 @@ TAIL = "tail-{rank}.json"
 SNAPSHOT = "tail-snapshot"
 COMPARED = 8
 """Steps that a tail holds at least, where there are as many."""
+NAN = float("nan")
 CAPACITY = 256
 """Steps remembered: the snapshot before the last `COMPARED` ones must still be among them."""
 
@@ -80,13 +81,13 @@ class TailStep(NamedTuple):
 
 
 class Tail(NamedTuple):
-    """The last steps before a checkpoint, oldest first, and the state at its end.
+    """Some steps, oldest first, and the state at their end; `end` is None where it was not recorded.
 
     `snapshot`: folder of the state before the first of the steps, None where there was none.
     """
 
     steps: tuple[TailStep, ...]
-    end: StateDigest
+    end: StateDigest | None
     surroundings: dict[str, Any]
     snapshot: Path | None
 
@@ -134,30 +135,47 @@ class TailLog:
             raise ValueError(f"tail capacity must be at least 1, got {capacity}")
         self._training = training
         self._steps: deque[TailStep] = deque(maxlen=capacity)
-        self._next: TailStep | None = None
+        self._next: dict[int, TailStep] = {}
 
     @property
     def steps(self) -> tuple[TailStep, ...]:
         """Oldest first."""
         return tuple(self._steps)
 
-    def before(self, step: int, batch_id: int, batch: Any = None) -> None:
-        """A step begins. `batch` as the loader gave it, on the host: of tensors on a device only shapes count."""
+    def before(self, step: int, batch_id: int, batch: Any = None, *, rng: str | None = None) -> None:
+        """A step begins. `batch` as the loader gave it, on the host: of tensors on a device only shapes count.
+
+        `rng`: what `digest.of_rng` gave before the batch was loaded, where loading may draw random numbers.
+        """
         lr = digest.rates(self._training)
         content = None if batch is None else digest.of_batch(batch)
-        self._next = TailStep(step, batch_id, float("nan"), lr, digest.of_rng(), content)
+        draws = digest.of_rng() if rng is None else rng
+        # The step under way may not be judged yet: with late reading it is judged during the next one.
+        self._next = {
+            **dict(list(self._next.items())[-2:]),
+            batch_id: TailStep(step, batch_id, NAN, lr, draws, content),
+        }
 
-    def after(self, loss: float) -> None:
-        """The step was taken. Raises ValueError when `before` was not called for it."""
-        if self._next is None:
+    def begun(self, batch_id: int) -> bool:
+        """Whether `before` was called for it."""
+        return batch_id in self._next
+
+    def after(self, loss: float, *, batch_id: int | None = None) -> TailStep:
+        """The step on `batch_id` (by default the newest) was taken; what is remembered of it.
+
+        Raises ValueError when `before` was not called for it.
+        """
+        known = next(reversed(self._next), None) if batch_id is None else batch_id
+        if known not in self._next:
             raise ValueError("TailLog.after without before; call before() ahead of the forward of each step")
-        self._steps.append(self._next._replace(loss=float(loss)))
-        self._next = None
+        row = self._next.pop(known)._replace(loss=float(loss))
+        self._steps.append(row)
+        return row
 
     def clear(self) -> None:
         """Forget all: after a skipped step or a rewind, a plain rerun would not come to the same state."""
         self._steps.clear()
-        self._next = None
+        self._next = {}
 
 
 def record_tail(
@@ -187,7 +205,7 @@ def record_tail(
     record = {
         "schema": fs.SCHEMA,
         "steps": [row._asdict() for row in tail.steps],
-        "end": tail.end._asdict(),
+        "end": None if tail.end is None else tail.end._asdict(),
         "surroundings": tail.surroundings,
         "snapshot": None if tail.snapshot is None else SNAPSHOT,
     }
@@ -210,7 +228,7 @@ def read_tail(folder: Path) -> Tail:
     fs.check_schema(data.get("schema"), str(path))
     return Tail(
         steps=tuple(TailStep(**(row | {"lr": tuple(row["lr"])})) for row in fs.unspell(data["steps"])),
-        end=StateDigest(**data["end"]),
+        end=None if data["end"] is None else StateDigest(**data["end"]),
         surroundings=data["surroundings"],
         snapshot=None if data["snapshot"] is None else path.parent / data["snapshot"],
     )
@@ -242,22 +260,27 @@ def audit(
     """
     if not tolerance >= 0:
         raise ValueError(f"audit tolerance must be at least 0, got {tolerance}")
-    findings = [_finding(*fault) for fault in digest.faults(tail.end, digest.of_state(training))]
+    findings = [] if tail.end is None else compare_state(training, tail.end)
     if arguments is not None and arguments.logging_nan_inf_filter:
         findings.append(
-            _finding("nan_filter", "logging_nan_inf_filter=True replaces NaN and infinite losses in the log")
+            finding("nan_filter", "logging_nan_inf_filter=True replaces NaN and infinite losses in the log")
         )
     num_replayed = 0
     if rerun is not None and tail.snapshot is not None and tail.steps:
-        found, num_replayed = _replay(training, tail, rerun, tolerance)
-        named: set[What] = {finding.what for finding in findings}
+        found, num_replayed = replay(training, tail, rerun, tolerance)
+        named: set[What] = {one.what for one in findings}
         # A loop that sets its own settings in each step differs in the rerun too: that is named already.
         covered: set[What] = named | ({"unexplained"} if "settings_from_config" in named else set())
-        findings += [finding for finding in found if finding.what not in covered]
+        findings += [one for one in found if one.what not in covered]
     return AuditResult(not findings, tuple(findings), num_replayed)
 
 
-class _Replayed(NamedTuple):
+def compare_state(training: Training, then: StateDigest) -> list[Finding]:
+    """What of the state as it is now is not as it was. Raises ValueError when it is another model's."""
+    return [finding(*fault) for fault in digest.faults(then, digest.of_state(training))]
+
+
+class Replayed(NamedTuple):
     """One step run again, beside the recorded one."""
 
     then: TailStep
@@ -267,12 +290,13 @@ class _Replayed(NamedTuple):
     batch: str | None
 
 
-def _replay(
+def replay(
     training: Training, tail: Tail, rerun: Callable[[int], Rerun], tolerance: float
 ) -> tuple[list[Finding], int]:
+    """Run the steps of `tail` again from its snapshot and judge them; the run is left as it was found."""
     live = training.read()
     found = State({name: t.detach().to("cpu", copy=True) for name, t in live.tensors.items()}, live.plain)
-    rows: list[_Replayed] = []
+    rows: list[Replayed] = []
     try:
         assert tail.snapshot is not None
         restore_from(tail.snapshot, training, rng=True)
@@ -281,16 +305,17 @@ def _replay(
             rng, lr = digest.of_rng(), digest.rates(training)
             new = rerun(then.batch_id)
             rows.append(
-                _Replayed(then, float(new.loss), lr, rng, None if new.batch is None else digest.of_batch(new.batch))
+                Replayed(then, float(new.loss), lr, rng, None if new.batch is None else digest.of_batch(new.batch))
             )
-        end = digest.of_state(training)
+        end = None if tail.end is None else digest.of_state(training)
     finally:
         training.restore(found, rng=True)
         training.optimizer.zero_grad(set_to_none=True)
-    return _judge(rows, tail, end, tolerance), len(rows)
+    return judge(rows, tail, end, tolerance), len(rows)
 
 
-def _judge(rows: list[_Replayed], tail: Tail, end: StateDigest, tolerance: float) -> list[Finding]:
+def judge(rows: list[Replayed], tail: Tail, end: StateDigest | None, tolerance: float) -> list[Finding]:
+    """What the steps run again show; `end`: the state after them, where `tail` recorded that too."""
     found: list[Finding] = []
     wrong = [row for row in rows if not _same(row.then.loss, row.loss, tolerance)]
     data = [row for row in rows if None not in (row.then.batch, row.batch) and row.then.batch != row.batch]
@@ -299,26 +324,26 @@ def _judge(rows: list[_Replayed], tail: Tail, end: StateDigest, tolerance: float
     if data:
         order = _elsewhere(data, rows)
         found.append(
-            _finding("loader", f"{len(data)} of {len(rows)} batches differ from those recorded, {_at(data[0])}{order}")
+            finding("loader", f"{len(data)} of {len(rows)} batches differ from those recorded, {_at(data[0])}{order}")
         )
     if rates:
         row = rates[0]
-        found.append(_finding("scheduler", f"rates {row.then.lr} recorded, {row.lr} in the rerun, {_at(row)}"))
+        found.append(finding("scheduler", f"rates {row.then.lr} recorded, {row.lr} in the rerun, {_at(row)}"))
     # Random numbers drawn during a step show before the next one.
     if wrong and draws and not data and draws[0].then.step <= wrong[0].then.step + 1:
         found.append(
-            _finding("rng", f"random numbers differ before the forward, {_at(draws[0])}; {_losses(wrong, rows)}")
+            finding("rng", f"random numbers differ before the forward, {_at(draws[0])}; {_losses(wrong, rows)}")
         )
     if found:
         return found
     if wrong:
         around = differences(tail.surroundings, surroundings(()) | _devices(tail))
-        found.append(_finding("unexplained", "; ".join([_losses(wrong, rows), *around])))
-    elif not tolerance:
+        found.append(finding("unexplained", "; ".join([_losses(wrong, rows), *around])))
+    elif not tolerance and tail.end is not None and end is not None:
         parts = [what for what, _ in digest.faults(tail.end, end) if what in ("weights", "optimizer")]
         if parts:
             text = f"all {len(rows)} losses agree and yet the rerun ends in other {' and '.join(parts)}"
-            found.append(_finding("unexplained", text + ": the steps themselves differ (clipping, optimizer)"))
+            found.append(finding("unexplained", text + ": the steps themselves differ (clipping, optimizer)"))
     return found
 
 
@@ -327,19 +352,19 @@ def _devices(tail: Tail) -> dict[str, Any]:
     return {name: tail.surroundings.get(name) for name in ("devices", "dtypes", "accelerator")}
 
 
-def _elsewhere(data: list[_Replayed], rows: list[_Replayed]) -> str:
+def _elsewhere(data: list[Replayed], rows: list[Replayed]) -> str:
     """Whether the wrong batches are known ones in another order."""
     known = {row.then.batch: row.then.batch_id for row in rows}
     moved = [(known[row.batch], row.then.batch_id) for row in data if row.batch in known]
     return f"; {len(moved)} are recorded ones out of order (batch {moved[0][0]} came as {moved[0][1]})" if moved else ""
 
 
-def _losses(wrong: list[_Replayed], rows: list[_Replayed]) -> str:
+def _losses(wrong: list[Replayed], rows: list[Replayed]) -> str:
     row = wrong[0]
     return f"{len(wrong)} of {len(rows)} losses differ, first {row.then.loss!r} recorded, {row.loss!r} now, {_at(row)}"
 
 
-def _at(row: _Replayed) -> str:
+def _at(row: Replayed) -> str:
     return f"step {row.then.step}, batch {row.then.batch_id}"
 
 
@@ -363,5 +388,6 @@ def _name() -> str:
     return TAIL.format(rank=distributed.get_rank() if ready else 0)
 
 
-def _finding(what: What, evidence: str) -> Finding:
+def finding(what: What, evidence: str) -> Finding:
+    """With the advice that belongs to it."""
     return Finding(what, evidence, ADVICE[what])

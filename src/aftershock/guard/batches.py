@@ -26,6 +26,7 @@ class Stream:
     - `before`: called before each batch is fetched; random numbers are then as they were before its loading
     - `fetched`: called with id and batch before the batch is handed out
     - `skipped`: called with [start, stop) once for each run of batches that the skip list takes out
+    - `ended`: called when the last batch of a call was stepped on, before the epoch's end is counted
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Stream:
         before: Callable[[], None],
         fetched: Callable[[int, Any], None],
         skipped: Callable[[int, int], None],
+        ended: Callable[[], None] = lambda: None,
     ) -> None:
         self.skips = skips
         self.next_id = 0
@@ -44,7 +46,7 @@ class Stream:
         self.running = self.stopped = False
         self._mode: Mode = mode
         self._num_ranks = num_ranks
-        self._before, self._fetched, self._skipped = before, fetched, skipped
+        self._before, self._fetched, self._skipped, self._ended = before, fetched, skipped, ended
         self._call_epoch: int | None = None
         self._unit: Unit | None = None
         self._resumed = False
@@ -82,13 +84,16 @@ class Stream:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON types and tensors."""
+        coming = []
+        if self._source is not None and self.epoch not in self._draws and self.next_id == self._starts[self.epoch]:
+            coming = [(self.epoch, self._source.draws())]  # of the epoch that begins here
         return {
             "next_id": self.next_id,
             "epoch": self.epoch,
             "call_epoch": self._call_epoch,
             "unit": None if self._unit is None else list(self._unit),
             "starts": [list(pair) for pair in self._starts.items()],
-            "draws": [[epoch, one.torch, list(one.own)] for epoch, one in self._draws.items()],
+            "draws": [[epoch, one.torch, list(one.own)] for epoch, one in [*self._draws.items(), *coming]],
             "mark": self._mark(),
             "skips": self.skips.state_dict(),
         }
@@ -102,6 +107,28 @@ class Stream:
         self._marks = {} if state["mark"] is None else {self.next_id: state["mark"]}
         self.skips.merge(SkipList.from_state(state["skips"]))
         self._resumed = True
+
+    def again(self, state: Mapping[str, Any]) -> Iterator[Any]:
+        """The batches of the loader in use from where the stream stood in `state`; the stream itself stays here.
+
+        Raises ValueError when the loader cannot be positioned, or its batches are others than they were.
+        """
+        source = self._source
+        if source is None or not source.positionable:
+            raise ValueError("the loader cannot be positioned")
+        other = Stream(
+            mode=self._mode,
+            skips=SkipList(),
+            num_ranks=self._num_ranks,
+            before=lambda: None,
+            fetched=lambda batch_id, batch: None,
+            skipped=lambda start, stop: None,
+        )
+        other.load_state_dict(state)
+        if other._unit != source.unit:
+            raise ValueError(f"its batches were {other._unit} and are {source.unit}")
+        other._source = source
+        return other._batches(source, None)
 
     def _mark(self) -> Any | None:
         """The loader's own state in the middle of an epoch; at its beginning it has none that matters."""
@@ -162,6 +189,8 @@ class Stream:
                 try:
                     batch = next(iterator)
                 except StopIteration:
+                    if epochs is not None and self.epoch + 1 == first + epochs:
+                        self._ended()
                     self._end_epoch()
                     iterator = None
                     continue

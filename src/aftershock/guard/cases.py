@@ -5,7 +5,8 @@ Must not import the guard or a policy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from aftershock.guard.events import Event, EventKind
@@ -19,33 +20,42 @@ QUIET = 50
 """Steps without any action after which a run has recovered: the cool-down of the policies."""
 
 
-class Cases:
-    """Opens an incident with the first action, adds what follows, closes it after `QUIET` quiet steps."""
+Kept = Literal["rewinds", "all"]
 
-    def __init__(self, files: IncidentFile, *, signals: tuple[str, ...]) -> None:
-        self._files = files
+
+class Cases:
+    """Opens an incident with the first action, adds what follows, closes it after `QUIET` quiet steps.
+
+    `state`: which incidents keep a snapshot to replay from: those that end in a rewind or a stop, or every one.
+    """
+
+    def __init__(self, files: IncidentFile, *, signals: tuple[str, ...], state: Kept) -> None:
+        self._files, self._state = files, state
         self._measured: set[Role] = {role_of(name) for name in signals}
         self._quiet = 0
 
-    def open(self, action: Action, seen: Seen) -> None:
-        """Before the action is carried out: a new incident unless one is open."""
+    def open(self, action: Action, seen: Seen, moved: Iterable[Moved]) -> None:
+        """Before the action is carried out: a new incident unless one is open. `moved`: with their onsets."""
         self._quiet = 0
+        keep = self._state == "all" or isinstance(action, (Rewind, Stop))
         if self._files.current is not None:
+            self._files.also_moved(moved)
+            if keep:
+                self._files.keep_state()
             return
         kind = {SkipStep: "skip", Rewind: "rewind", Stop: "stop"}.get(type(action), "scale")
-        moved = [Moved(name, verdict, seen.step, seen.step) for name, verdict in seen.verdicts.items()]
         self._files.open(
             "nonfinite" if "nonfinite" in seen.verdicts.values() else kind,
             at=Point(seen.step, seen.batch_id),
             moved=moved,
             measured=self._measured,
+            state=keep,
         )
 
-    def did(self, kind: EventKind, seen: Seen, data: Mapping[str, Any]) -> None:
+    def did(self, kind: EventKind, seen: Seen, data: Mapping[str, Any], moved: Iterable[Moved]) -> None:
         """Something was done or seen while one is open."""
         if self._files.current is not None:
-            import time
-
+            self._files.also_moved(moved)
             self._files.did(Event(kind, seen.step, seen.batch_id, time.time(), dict(data)))
 
     def quiet(self, seen: Seen) -> None:

@@ -147,6 +147,25 @@ def raise_fault(code: float, *, here: Faults) -> None:
     )
 
 
+def check_durable(every: int | None, *, folder: Any, resume: bool | str, driven: bool, group: Any) -> None:
+    """Snapshots on disk, every `every` steps, and `resume` can be had."""
+    if resume not in (True, False, "past_stop"):
+        raise ValueError(f"resume must be True, False or 'past_stop', got {resume!r}")
+    if not every:
+        if resume:
+            raise ValueError("resume needs snapshots on disk; leave save_every out, or give a number of steps")
+        return
+    if folder is None:
+        raise ValueError("resume and save_every need a place: give folder=")
+    if not driven:
+        raise ValueError(
+            "the loop that steps the optimizer here has checkpoints of its own; leave resume and save_every out, and "
+            "keep guard.state_dict() with them"
+        )
+    if group is not None:
+        raise ValueError("resume and save_every need group=None: all processes write one snapshot together")
+
+
 def check_settings(*, clip_norm: float | None, accumulate: int, mode: str) -> None:
     """Numbers and names that the guard is made with."""
     if clip_norm is not None and not 0 < clip_norm < float("inf"):

@@ -14,8 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,24 +24,37 @@ import torch
 from torch import Tensor
 
 from aftershock.guard.pieces import HostPiece, read_pieces, write_pieces
+from aftershock.guard.shelf import (
+    PIECES,
+    begin,
+    choose,
+    digest,
+    finish,
+    manifest,
+    rotate,
+    sync,
+    to_json,
+)
 from aftershock.guard.state import Kept, State, StepRow, Training
 from aftershock.guard.team import Team
 from aftershock.guard.tree import decode, encode, join, refs
-from aftershock.store.folder import SCHEMA, check_schema, disk_errors, plain
+from aftershock.store.folder import SCHEMA, disk_errors, plain
+from aftershock.store.snapshots import as_os_error
 
 _log = logging.getLogger("aftershock.guard")
-_NAME = re.compile(r"snap-(\d+)-step-(\d+)")
-COMPLETE = "complete.json"
-PIECES = "pieces"
 
 
 class Snapshot(NamedTuple):
-    """One moment of a run: where it stood, its state, the log up to then or later, and the batches at hand by id."""
+    """One moment of a run: where it stood, its state, the log up to then or later, and the batches at hand by id.
+
+    `guard`: the guard's own state, `{"guard": ...}` as `split` gives it; None where none was written.
+    """
 
     at: Kept
     state: State
     rows: tuple[StepRow, ...]
     batches: Mapping[int, State]
+    guard: State | None = None
 
     def batch(self, batch_id: int) -> Any:
         """A copy of one batch, its tensors on the CPU. Raises KeyError when it is not here."""
@@ -54,16 +65,16 @@ class Snapshot(NamedTuple):
 def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int = 3, alone: bool = False) -> Path:
     """Write `snapshot` into a folder of its own below `folder`; gives its path once all of it is on the disk.
 
-    Then goes what is older than the newest `keep`, and what is of a later step: a branch that was rewound. The snapshot
-    just written always stays. A batch that JSON and tensors cannot express is left out, and the log says so.
-    `alone`: only this process writes, and its own state only; impossible when the model is sharded.
+    Then goes what is older than the newest `keep` steps, and what is of a later step: a branch that was rewound (see
+    `shelf.rotate`). The snapshot just written always stays. A batch that JSON and tensors cannot express is left out,
+    and the log says so. `alone`: only this process writes, its own state only; impossible when the model is sharded.
     Raises OSError, on every rank, when one could not write: what was there before is as it was. Raises ValueError for
     state that is neither tensor nor plain.
     """
     if keep < 1:
         raise ValueError(f"keep is {keep}; at least the snapshot just written is kept: give 1 or more")
     team = Team(alone=alone)
-    name = team.first(lambda: _begin(folder, snapshot.at.step))
+    name = team.first(lambda: begin(folder, snapshot.at.step))
     tmp = folder / f"{name}.tmp"
     try:
         part = team.own(lambda: _part(snapshot, team))
@@ -76,12 +87,12 @@ def write_snapshot(folder: Path, snapshot: Snapshot, *, keep: int = 3, alone: bo
             team.each(lambda: write_pieces(tmp / PIECES, part.pieces, None))
         files = {k: v for mine in team.each(lambda: _files(tmp, team.rank)) for k, v in mine.items()}
         body = {"schema": SCHEMA, "step": snapshot.at.step, "batch_id": snapshot.at.batch_id, "world": team.size}
-        team.first(lambda: _finish(tmp, body | {"files": files}))
+        team.first(lambda: finish(tmp, body | {"files": files}))
     except BaseException:
         if team.rank == 0:
             shutil.rmtree(tmp, ignore_errors=True)
         raise
-    team.first(lambda: _rotate(folder, step=snapshot.at.step, keep=keep))
+    team.first(lambda: rotate(folder, step=snapshot.at.step, keep=keep))
     return folder / name
 
 
@@ -92,11 +103,17 @@ def load_snapshot(path: str | Path) -> Snapshot:
     Raises ValueError, in a sentence, when it is damaged or half written, or when its tensors are sharded: those can
     only be restored into a sharded model, with `restore_from`.
     """
-    found = _choose(Path(path), Team(alone=True))
+    found = choose(Path(path), Team(alone=True))
     snapshot = _read_part(found, 0)
     if any(ref.piece for ref in refs(snapshot.state.plain)):
         raise ValueError(f"{found} holds a sharded model; restore it into one with restore_from, on all processes")
     return snapshot
+
+
+def load_own(path: Path, rank: int) -> dict[str, Any] | None:
+    """What the guard of `rank` wrote of itself into a snapshot that is intact; None when it wrote nothing."""
+    own = _read_part(path, rank).guard
+    return None if own is None else join(own.plain["guard"], own.tensors, host=True)
 
 
 def restore_from(path: str | Path, training: Training, *, rng: bool = True, alone: bool = False) -> Kept:
@@ -106,39 +123,29 @@ def restore_from(path: str | Path, training: Training, *, rng: bool = True, alon
     Raises ValueError, on every rank, when there is no snapshot, it is damaged, or of another run.
     """
     team = Team(alone=alone)
-    found = _choose(Path(path), team)
-    world = _manifest(found)["world"]
+    found = choose(Path(path), team)
+    world = manifest(found)["world"]
     if rng and world != team.size:
         raise ValueError(f"{found}: written by {world} processes, here are {team.size}; random numbers need rng=False")
-    snapshot = team.own(lambda: _read_part(found, team.rank if team.rank < world else 0))
-    pieces = team.own(lambda: _targets(snapshot.state.plain, training))
-    if any(team.each(lambda: bool(pieces))):
-        team.each(lambda: read_pieces(found / PIECES, pieces, None))
-    tensors = snapshot.state.tensors | {name: piece.local for name, piece in pieces.items()}
-    state = State(tensors, snapshot.state.plain)
-    team.each(lambda: training.check(state, rng=rng))
-    team.each(lambda: training.restore(state, rng=rng))
+    snapshot = _read(found, training, team)
+    restore(snapshot, training, rng=rng, alone=alone)
     return snapshot.at
 
 
-def newest(folder: str | Path, *, before: int | None = None, alone: bool = False) -> Path | None:
-    """The newest snapshot below `folder` that verifies, of a step before `before`; None when there is none at all.
+def restore(snapshot: Snapshot, training: Training, *, rng: bool, alone: bool = False) -> None:
+    """Make `training` what it was in what `read_snapshot` gave. Raises ValueError, on every rank, if it cannot."""
+    team = Team(alone=alone)
+    team.each(lambda: training.check(snapshot.state, rng=rng))
+    team.each(lambda: training.restore(snapshot.state, rng=rng))
 
-    What was refused on the way is told to the log `aftershock.guard`. Raises ValueError, with the reasons, when there
-    are snapshots and none verifies. Cost: one pass over the files of each snapshot looked at.
+
+def read_snapshot(path: str | Path, training: Training, *, alone: bool = False) -> Snapshot:
+    """The snapshot at `path`, or the newest below it that verifies, with sharded tensors as `training` lays them out.
+
+    Raises ValueError, on every rank, when there is none or it is damaged.
     """
-    return _newest(Path(folder), before, Team(alone=alone))
-
-
-def verify(path: str | Path) -> None:
-    """Raises ValueError, in a sentence, when the snapshot at `path` is not all there as it was written."""
-    _verify(Path(path), Team(alone=True))
-
-
-class _Found(NamedTuple):
-    serial: int
-    step: int
-    path: Path
+    team = Team(alone=alone)
+    return _read(choose(Path(path), team), training, team)
 
 
 @dataclass(kw_only=True)
@@ -171,9 +178,13 @@ def _part(snapshot: Snapshot, team: Team) -> _Part:
             _log.warning("left out of the snapshot of step %d: %s", snapshot.at.step, error)
             continue
         tensors |= {f"batch:{batch_id}:{name}": tensor for name, tensor in kept.tensors.items()}
+    own = snapshot.guard
+    if own is not None:
+        tensors |= own.tensors  # named guard/..
     rest = {
         "at": list(snapshot.at),
         "state": encode(state.plain, "state"),
+        "guard": None if own is None else encode(own.plain["guard"], "guard"),
         "rows": [plain(row, "row") for row in snapshot.rows],
         "batches": batches,
     }
@@ -187,20 +198,16 @@ def _write_part(tmp: Path, part: _Part, rank: int) -> None:
     pairs = sorted(name for name, tensor in part.tensors.items() if tensor.is_complex())  # safetensors lacks some
     text = tmp / f"rank-{rank}.json"
     with disk_errors(tmp.parent):
-        text.write_bytes(_json(part.rest | {"elsewhere": part.elsewhere, "pairs": pairs}))
+        text.write_bytes(to_json(part.rest | {"elsewhere": part.elsewhere, "pairs": pairs}))
         stored = {n: torch.view_as_real(t).contiguous() if n in pairs else t for n, t in part.tensors.items()}
         path = text.with_suffix(".safetensors")
         try:
             save_file(stored, path)
         except Exception as error:
-            # safetensors tells the operating system's errors in words only: "... (os error 28)".
-            code = str(error).partition("os error ")[2].partition(")")[0]
-            if not code.isdecimal():
-                raise
-            raise OSError(int(code), str(error)) from error
+            raise as_os_error(error) from error
         shutil.copymode(text, path)  # safetensors makes it readable by its owner only
-        _sync(text)
-        _sync(path)
+        sync(text)
+        sync(path)
 
 
 def _read_part(path: Path, rank: int) -> Snapshot:
@@ -215,7 +222,21 @@ def _read_part(path: Path, rank: int) -> Snapshot:
         own = {n.removeprefix(prefix): tensors.pop(n) for n in list(tensors) if n.startswith(prefix)}
         batches[int(batch_id)] = State(own, {"batch": decode(batch)})
     rows = tuple(StepRow(row[0], row[1], *(float(value) for value in row[2:])) for row in rest["rows"])
-    return Snapshot(Kept(*rest["at"]), State(tensors, decode(rest["state"])), rows, batches)
+    own = None
+    if rest["guard"] is not None:
+        held = {n: tensors.pop(n) for n in list(tensors) if n.startswith("guard/")}
+        own = State(held, {"guard": decode(rest["guard"])})
+    return Snapshot(Kept(*rest["at"]), State(tensors, decode(rest["state"])), rows, batches, own)
+
+
+def _read(found: Path, training: Training, team: Team) -> Snapshot:
+    world = manifest(found)["world"]
+    snapshot = team.own(lambda: _read_part(found, team.rank if team.rank < world else 0))
+    pieces = team.own(lambda: _targets(snapshot.state.plain, training))
+    if any(team.each(lambda: bool(pieces))):
+        team.each(lambda: read_pieces(found / PIECES, pieces, None))
+    tensors = snapshot.state.tensors | {name: piece.local for name, piece in pieces.items()}
+    return snapshot._replace(state=State(tensors, snapshot.state.plain))
 
 
 def _read_tensors(path: Path, rank: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -248,114 +269,11 @@ def _targets(then: Mapping[str, Any], training: Training) -> dict[str, HostPiece
     return targets
 
 
-def _begin(folder: Path, step: int) -> str:
-    """Clear what killed writers left and make the folder to write into; its name less the `.tmp`."""
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for stray in folder.glob("snap-*.tmp"):
-            shutil.rmtree(stray)
-        # The newest has the highest number, not the highest step: a run may go back.
-        name = f"snap-{max((found.serial for found in _list(folder)), default=0) + 1:06d}-step-{step}"
-        (folder / f"{name}.tmp").mkdir()
-    return name
-
-
 def _files(tmp: Path, rank: int) -> dict[str, Any]:
     """Size and digest of what this rank wrote, by name."""
     paths = [tmp / f"rank-{rank}.json", tmp / f"rank-{rank}.safetensors", *(tmp / PIECES).glob(f"__{rank}_*")]
     paths += [path for path in [tmp / PIECES / ".metadata"] if rank == 0 and path.exists()]
-    return {str(path.relative_to(tmp)): {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in paths}
-
-
-def _finish(tmp: Path, body: dict[str, Any]) -> None:
-    complete = tmp / COMPLETE
-    with disk_errors(tmp.parent):
-        complete.write_bytes(_json({"sha256": hashlib.sha256(_json(body)).hexdigest(), "body": body}))
-        for path in (complete, tmp / PIECES, tmp):
-            if path.exists():
-                _sync(path)
-        os.rename(tmp, tmp.with_suffix(""))
-        _sync(tmp.parent)
-
-
-def _rotate(folder: Path, *, step: int, keep: int) -> None:
-    """Drop all but the newest `keep`, and those of steps later than the one just written."""
-    found = _list(folder)
-    for old in [f for f in found if f.step > step] + [f for f in found if f.step <= step][:-keep]:
-        doomed = old.path.with_name(f"{old.path.name}.tmp")  # so that a half deleted folder never counts
-        os.rename(old.path, doomed)
-        shutil.rmtree(doomed)
-
-
-def _list(folder: Path) -> list[_Found]:
-    """The snapshots below `folder`, oldest first, whether or not they are intact."""
-    matches = [(path, _NAME.fullmatch(path.name)) for path in folder.glob("snap-*")]
-    return sorted(_Found(int(match[1]), int(match[2]), path) for path, match in matches if match)
-
-
-def _newest(folder: Path, before: int | None, team: Team) -> Path | None:
-    refused = []
-    found = team.first(lambda: [f for f in _list(folder) if before is None or f.step < before])
-    for candidate in reversed(found):
-        try:
-            _verify(candidate.path, team)
-        except (ValueError, OSError) as error:
-            refused.append(str(error))
-            _log.warning("%s", error)
-        else:
-            return candidate.path
-    if refused:
-        raise ValueError(f"none of the {len(refused)} snapshots in {folder} is intact: {'; '.join(refused[:3])}")
-    return None
-
-
-def _choose(path: Path, team: Team) -> Path:
-    if _NAME.fullmatch(path.name):
-        _verify(path, team)
-        return path
-    found = _newest(path, None, team)
-    if found is None:
-        raise ValueError(f"there is no snapshot in {path}; give the folder that snapshots were saved to")
-    return found
-
-
-def _verify(path: Path, team: Team) -> None:
-    """Each rank reads its share of the files."""
-
-    def check() -> None:
-        files = sorted(_manifest(path)["files"].items())
-        for name, wanted in files[team.rank :: team.size]:
-            file = path / name
-            if not file.is_file():
-                raise ValueError(f"{path} is damaged: {name} is missing; use an older snapshot")
-            if file.stat().st_size != wanted["bytes"] or _digest(file) != wanted["sha256"]:
-                raise ValueError(f"{path} is damaged: {name} is not as it was written; use an older snapshot")
-
-    team.each(check)
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    if not path.is_dir():
-        raise ValueError(f"{path}: there is no such snapshot")
-    try:
-        sealed = json.loads((path / COMPLETE).read_bytes())
-        body = sealed["body"]
-        intact = sealed["sha256"] == hashlib.sha256(_json(body)).hexdigest()
-    except (OSError, ValueError, TypeError, KeyError):
-        intact, body = False, None
-    if not intact or not isinstance(body, dict):
-        raise ValueError(f"{path} is damaged: {COMPLETE} is missing or not as it was written; use an older snapshot")
-    check_schema(body["schema"], str(path))
-    return body
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, allow_nan=False, sort_keys=True).encode()
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {str(path.relative_to(tmp)): {"bytes": path.stat().st_size, "sha256": digest(path)} for path in paths}
 
 
 def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -367,11 +285,3 @@ def _digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         digest.update(real.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         found[name] = digest.hexdigest()
     return found
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

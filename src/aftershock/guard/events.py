@@ -13,7 +13,7 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -40,6 +40,8 @@ EventKind = Literal[
     "recurred",
     "disagreement",
     "audit",
+    "audited",
+    "not_saved",
     "dry_run_skip",
     "dry_run_scale_lr",
     "dry_run_rewind",
@@ -64,6 +66,8 @@ KINDS: dict[EventKind, str] = {
     "recurred": "the trouble came back",
     "disagreement": "the ranks do not agree",
     "audit": "the resumed run is not the one that was saved",
+    "audited": "the resumed run does what the saved one did",
+    "not_saved": "a snapshot could not be written to disk",
     "dry_run_skip": "would not have taken this step",
     "dry_run_scale_lr": "would have scaled the learning rates",
     "dry_run_rewind": "would have gone back to an earlier state",
@@ -72,7 +76,7 @@ KINDS: dict[EventKind, str] = {
 }
 """Every kind there is, in the words of its console line."""
 
-CALM: frozenset[EventKind] = frozenset({"attached", "resumed", "recovered", "skip_list"})
+CALM: frozenset[EventKind] = frozenset({"attached", "resumed", "recovered", "skip_list", "audited"})
 """Kinds that are no trouble: logged as INFO, all others as WARNING."""
 
 CONSOLE_CHARS = 120
@@ -126,6 +130,8 @@ class EventLog:
         self._primary = primary
         self._waiting: list[bytes] = []
         self._failed: set[str] = set()
+        self.count = 0
+        """Events in the file, those of earlier processes included; those that wait for room too."""
         if self.folder is None or not primary:
             return
         if (self.folder / fs.CONFIG).exists() and fs.is_locked(self.folder):
@@ -134,6 +140,7 @@ class EventLog:
             self.folder.mkdir(parents=True, exist_ok=True)
             with _locked(self.folder / fs.EVENTS) as lines:
                 lines.sync()
+            self.count = (self.folder / fs.EVENTS).read_bytes().count(b"\n")
         except (PermissionError, NotADirectoryError, FileExistsError, IsADirectoryError) as error:
             raise ValueError(f"{self.folder}: cannot hold events ({error.strerror}); choose another place") from None
 
@@ -148,6 +155,7 @@ class EventLog:
         if not self._primary:
             return
         record = {"schema": fs.SCHEMA, "time": time.time(), "kind": kind, "step": int(step), "batch_id": int(batch_id)}
+        self.count += 1
         if self.folder is not None:
             self._waiting.append((fs.to_json(record | {"data": stored}) + "\n").encode())
             self._append()
@@ -218,6 +226,20 @@ def read_events(folder: Path) -> list[Event]:
         data = fs.unspell(record["data"])
         events.append(Event(record["kind"], record["step"], record["batch_id"], record["time"], data))
     return events
+
+
+def standing(events: Iterable[Event]) -> list[Event]:
+    """The events of the run as it stands: what a killed process did after its last snapshot was done again, or undone.
+
+    A "resumed" event tells how many `events` the snapshot it goes on from knew of; what came between is left out.
+    """
+    kept: list[tuple[int, Event]] = []
+    for number, event in enumerate(events):
+        known = event.data.get("events") if event.kind == "resumed" else None
+        if known is not None:
+            kept = [one for one in kept if one[0] < known]
+        kept.append((number, event))
+    return [event for _, event in kept]
 
 
 def _to_writer(writer: RunWriter) -> Callable[[Mapping[str, Any]], object]:

@@ -14,6 +14,7 @@ Must not import the lab or a trainer.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -27,16 +28,20 @@ from aftershock.guard import checks
 from aftershock.guard.actions import Actions, Clock
 from aftershock.guard.agree import Ranks
 from aftershock.guard.batches import Mode, Stream
-from aftershock.guard.cases import Cases
+from aftershock.guard.batchfile import Decoder
+from aftershock.guard.between import Around, Between
+from aftershock.guard.cases import Cases, Kept
+from aftershock.guard.durable import EVERY, Durable
 from aftershock.guard.events import EventLog
 from aftershock.guard.incident import IncidentFile
+from aftershock.guard.parts import Outcome, Parts
 from aftershock.guard.policies.ladder import Ladder
 from aftershock.guard.policy import Policy, Stop
 from aftershock.guard.rates import Scale
 from aftershock.guard.recorder import FlightRecorder
 from aftershock.guard.skiplist import SkipList
 from aftershock.guard.state import Stateful, Training
-from aftershock.guard.steps import Outcome, Parts, Steps
+from aftershock.guard.steps import Steps
 from aftershock.guard.watch import SIGNALS, Watch
 
 if TYPE_CHECKING:
@@ -59,6 +64,12 @@ class Guard:
       `accumulate`); the step's loss is their sum, its batch id that of the first
     - `snapshot_every`, `slots`: accepted steps between snapshots in host memory, and how many are held
     - `folder`: events.jsonl, skip.yaml and incidents/ go there; None: the console is told, nothing is kept
+    - `resume`: go on from the newest snapshot in `folder`, where there is one: the same bits as if the run had never
+      died. A run that the guard itself had stopped stays stopped; "past_stop" lets it go on
+    - `save_every`: accepted steps between snapshots on disk (1000 with `resume`, else none), of which the last `keep`
+      stay; one more is written behind each rewind. A resumed run can rewind as far as these reach
+    - `audit`: your loss of a batch, `lambda batch: model(batch).loss`: a resumed run first takes recorded steps again
+      with it. Without it the same comparison is made with the run's own next steps
     - `mode`: "in_place" or "restart", see `batches.Mode`. `dry_run`: decide and report, change nothing
     - `group`: the processes that train this model; by default all. `mirror`: hears of each event, as `wandb.log`
     - `late`: read the numbers one step late, so that the host never waits for a GPU within a step. A non-finite step is
@@ -66,6 +77,8 @@ class Guard:
       Needs an optimizer with `fused=True` and a policy that edits nothing. By default on a GPU where both hold
     - `threshold`: sigmas from which a value is a spike (default 7). `update`: see `measure.Updates`
     - `driven`: False where somebody else steps the optimizer (see `hooks`)
+    - `decoder`: a tokenizer, so that incidents hold their batches as text; `code`: what `fingerprint` gave, so that a
+      replay knows whether code or config have changed; `incident_state`: which incidents keep a snapshot to replay from
 
     Cost on a CPU: one read of the gradients (0.3 ns a parameter, which `clip_grad_norm_` pays too), 2 ms, and a
     snapshot each `snapshot_every` steps. Raises ValueError for what cannot be guarded, with what to do (see `checks`).
@@ -86,6 +99,10 @@ class Guard:
         snapshot_every: int = 50,
         slots: int = 4,
         folder: str | Path | None = None,
+        resume: bool | Literal["past_stop"] = False,
+        save_every: int | None = None,
+        keep: int = 4,
+        audit: Callable[[Any], Tensor] | None = None,
         mode: Mode = "in_place",
         dry_run: bool = False,
         group: ProcessGroup | None = None,
@@ -94,35 +111,42 @@ class Guard:
         threshold: float | None = None,
         update: Literal["sample", "all"] = "sample",
         driven: bool = True,
+        decoder: Decoder | None = None,
+        code: Mapping[str, Any] | None = None,
+        incident_state: Kept = "rewinds",
     ) -> None:
         checks.check_optimizer(model, optimizer)
         checks.check_scheduler(scheduler, optimizer)
         checks.check_settings(clip_norm=clip_norm, accumulate=accumulate, mode=mode)
+        every = EVERY if save_every is None and resume else save_every
+        checks.check_durable(every, folder=folder, resume=resume, driven=driven, group=group)
         scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self.policy = Ladder() if policy is None else policy
         self.ranks = Ranks(group)
         self._optimizer, self._accumulate, self._mode, self._driven = optimizer, accumulate, mode, driven
-        parts = dict(extra or {}) | ({} if ema is None else {"ema": ema})
-        training = Training(model, optimizer, scheduler=scheduler, scaler=scaler, extra=parts)
+        own = dict(extra or {}) | ({} if ema is None else {"ema": ema})
+        training = Training(model, optimizer, scheduler=scheduler, scaler=scaler, extra=own)
         self.recorder = FlightRecorder(training, slots=slots, every=snapshot_every)
-        self._folder = None if folder is None else Path(folder)
-        primary = self.ranks.rank == 0
-        self.log = EventLog(self._folder, mirror=mirror, primary=primary)
+        home, primary = None if folder is None else Path(folder), self.ranks.rank == 0
+        skip_file = None if home is None else home / SKIPS
+        durable = None if home is None or not every else Durable(home, self.recorder, every=every, keep=keep)
+        self.log = EventLog(home, mirror=mirror, primary=primary)
         self._watch, self._clock = Watch(threshold=threshold), Clock()
         self._stream = Stream(
             mode=mode,
-            skips=self._read_skips(),
+            skips=SkipList.read(skip_file) if skip_file is not None and skip_file.exists() else SkipList(),
             num_ranks=self.ranks.size,
             before=self._boundary if driven else lambda: None,
             fetched=self._fetched,
             skipped=lambda start, stop: self._actions.say("skip_list", f"batches [{start}, {stop})"),
+            ended=lambda: self._between.ended(),
         )
         self._cases = None
-        if self._folder is not None and not dry_run:
-            self._cases = Cases(
-                IncidentFile(self._folder, self.recorder, tensors=training.params.values(), primary=primary),
-                signals=SIGNALS,
+        if home is not None and not dry_run:
+            files = IncidentFile(
+                home, self.recorder, tensors=training.params.values(), primary=primary, decoder=decoder, code=code
             )
+            self._cases = Cases(files, signals=SIGNALS, state=incident_state)
         self._actions = Actions(
             clock=self._clock,
             optimizer=optimizer,
@@ -132,7 +156,8 @@ class Guard:
             log=self.log,
             stream=self._stream,
             cases=self._cases,
-            skip_file=None if self._folder is None or not primary else self._folder / SKIPS,
+            # With snapshots on disk it is written after the one behind the rewind: a restart finds both or neither.
+            skip_file=skip_file if primary and durable is None else None,
             mode=mode,
             dry_run=dry_run,
         )
@@ -153,13 +178,34 @@ class Guard:
                 dry_run=dry_run,
                 driven=driven,
                 late=late,
+                judged=lambda outcome: self._between.judged(outcome),
+            )
+        )
+        self._durable = durable
+        self._between = Between(
+            Around(
+                recorder=self.recorder,
+                ranks=self.ranks,
+                clock=self._clock,
+                actions=self._actions,
+                stream=self._stream,
+                steps=self.steps,
+                durable=durable,
+                skip_file=skip_file if primary and durable is not None else None,
+                own=self.state_dict,
+                load=self._load,
+                batch_id=lambda: self.batch_id,
+                num_events=lambda: self.log.count,
+                audit=audit,
+                accumulate=accumulate,
             )
         )
         self._ids: list[int] = []
         self._losses: list[Tensor] = []
-        self._own_id, self._refused_at = 0, -1
+        self._own_id = 0
         self._streamed = self._closed = False
         self._actions.say("attached", f"{type(self.policy).__name__}, {mode}{', dry run' if dry_run else ''}")
+        self._between.start(resume)
 
     # ---- the loop
 
@@ -189,10 +235,10 @@ class Guard:
         if not self._driven:
             raise ValueError("this guard sits in the optimizer's hooks; call optimizer.step(), not guard.step()")
         if not self._collect(checks.check_loss(loss, self._accumulate), batch_id):
-            return Outcome(None, False, self._clock.step, self._ids[0], float("nan"), float("nan"))
+            return Outcome(None, False, self._clock.step, self._ids[0], math.nan, math.nan)
         outcome = self.run_step(self.steps.optimize)
         self._optimizer.zero_grad(set_to_none=True)
-        if not self._stream.running:
+        if not self._stream.running or self._clock.stopped is not None:
             self._boundary()
         return outcome
 
@@ -209,7 +255,7 @@ class Guard:
         """For those who step the optimizer themselves: whether it is to step. `end` afterwards, if so."""
         if self._mode == "restart" and not self._streamed:
             raise ValueError("mode='restart' takes the data back; fetch it through guard.batches(loader)")
-        self._first_snapshot()
+        self._between.first()
         ids = self._ids or [self._count_id()]
         self._ids, self._losses = [], []
         return self.steps.begin(loss, ids)
@@ -263,14 +309,28 @@ class Guard:
 
     def report(self) -> str:
         """One line: steps, and what was seen and done."""
-        counts = {
-            kind: number for kind, number in sorted(self._clock.counts.items()) if kind not in ("attached", "resumed")
-        }
-        words = ", ".join(f"{number} {kind}" for kind, number in counts.items()) or "nothing happened"
-        end = "" if self.stopped is None else f"; stopped: {self.stopped.reason}"
-        return f"guard: {self.step_count} steps, {words}{end}"
+        return self._clock.report()
 
     # ---- coming and going
+
+    def resume(self, *, past_stop: bool = False) -> bool:
+        """Go on from the newest snapshot on disk that is intact; False, with nothing changed, when there is none.
+
+        Weights, optimizer, scheduler, scaler, extras, random numbers, the data's position and all that the guard knows
+        come back; every rank calls it, before the first step. What `Guard(..., resume=True)` does.
+        """
+        if self._durable is None:
+            raise ValueError("resume needs the snapshots that Guard(..., folder=..., save_every=...) writes")
+        return self._between.resume(past_stop=past_stop)
+
+    def save(self) -> Path | None:
+        """Write a snapshot now, between two steps; None when the state is not finite or the disk is full."""
+        if self._durable is None:
+            raise ValueError("save needs a place: Guard(..., folder=..., save_every=...)")
+        if self._losses:
+            raise ValueError("save in the middle of a step; call it after guard.step")
+        self.steps.settle()
+        return self._between.save(held=False)
 
     def state_dict(self) -> dict[str, Any]:
         """All that the guard itself needs, as JSON types and tensors; model, optimizer and random numbers are yours."""
@@ -279,6 +339,7 @@ class Guard:
             "step": self._clock.step,
             "scale": list(self._clock.scale),
             "counts": dict(self._clock.counts),
+            "overflows": self.steps.overflows,
             "own_id": self._own_id,
             "watch": self._watch.state_dict(),
             "policy": self.policy.state_dict(),
@@ -287,6 +348,11 @@ class Guard:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave, after model, optimizer and scheduler were loaded; on every rank."""
+        self._load(state)
+        self.recorder.distrust(0)
+        self._actions.say("resumed", f"at batch {self.batch_id}")
+
+    def _load(self, state: Mapping[str, Any]) -> None:
         self._clock.step, self._clock.scale = state["step"], Scale(*state["scale"])
         self._clock.counts.clear()
         self._clock.counts.update(state["counts"])
@@ -294,9 +360,7 @@ class Guard:
         self._watch.load_state_dict(state["watch"])
         self.policy.load_state_dict(state["policy"])
         self._stream.load_state_dict(state["stream"])
-        self.recorder.distrust(0)
-        self.steps.loaded()
-        self._actions.say("resumed", f"at batch {self.batch_id}")
+        self.steps.loaded(state["overflows"])
 
     def close(self) -> None:
         """End: judge what is under way, close an open incident, write the skip list, log the report."""
@@ -304,10 +368,11 @@ class Guard:
             return
         self._closed = True
         self.steps.settle()
+        self._between.close()
         if self._cases is not None:
             self._cases.end("interrupted")
-        done = sum(number for kind, number in self._clock.counts.items() if kind not in ("attached", "resumed"))
-        _log.log(logging.WARNING if done and self.ranks.rank == 0 else logging.INFO, "%s", self.report())
+        loud = self._clock.done and self.ranks.rank == 0
+        _log.log(logging.WARNING if loud else logging.INFO, "%s", self.report())
 
     def __enter__(self) -> Self:
         return self
@@ -333,42 +398,13 @@ class Guard:
         return self._own_id - 1
 
     def _fetched(self, batch_id: int, batch: Any) -> None:
+        if not self._ids:
+            self._between.fetched(batch_id, batch)
         self._ids.append(batch_id)
         self.recorder.keep_batch(batch_id, batch)
 
-    def _first_snapshot(self) -> None:
-        """Without `batches` nothing happens before the first step: the state to go back to is that before it."""
-        if not self.recorder.healthy and self._refused_at < 0:
-            self._take()
-
     def _boundary(self) -> None:
-        if self._losses or self._clock.stopped is not None:
+        if self._losses:
             return  # in the middle of a step
         self._ids = []  # batches that were fetched and not stepped on
-        if self._due():
-            self.steps.settle()
-            if self._due() and self._clock.stopped is None:
-                self._take()
-
-    def _due(self) -> bool:
-        """A state that was refused is looked at again only as often as a healthy one would be taken."""
-        step = self._clock.step
-        waiting = self._refused_at >= 0 and 0 <= step - self._refused_at < self.recorder.every
-        return self.recorder.due(step) and not waiting
-
-    def _take(self) -> None:
-        if not self.steps.unchanged():
-            checks.raise_fault(checks.Faults(changed=True).code, here=checks.Faults(changed=True))
-        step = self._clock.step
-        taken = self.recorder.take(step, self.batch_id)
-        if not self.ranks.all_true(taken):
-            self.recorder.distrust(step)
-            self._refused_at = step
-            self._actions.say("snapshot_refused", "a parameter, buffer or optimizer state is not finite")
-            return
-        self._stream.mark()
-        self._refused_at = -1
-
-    def _read_skips(self) -> SkipList:
-        path = None if self._folder is None else self._folder / SKIPS
-        return SkipList.read(path) if path is not None and path.exists() else SkipList()
+        self._between.here()

@@ -120,13 +120,15 @@ class IncidentFile:
         moved: Iterable[Moved],
         measured: Collection[Role],
         start: int | None = None,
+        state: bool = True,
         row_losses: Mapping[int, Sequence[float]] | None = None,
     ) -> Path:
         """Begin an incident and write all that is known; returns its folder. Closes one that is still open as recurred.
 
         `at`: where it was noticed; `measured`: the roles that were watched, since what did not move counts only then;
         `start`: step of the snapshot that a replay is to begin from, by default the newest healthy one at or before the
-        onset; `row_losses`: losses by row, for batches by id.
+        onset; `state`: whether to write that snapshot now (see `keep_state`); `row_losses`: losses by row, for batches
+        by id.
         """
         if not re.fullmatch(r"[a-z0-9_]+", kind):
             raise ValueError(f"incident kind must be one lower-case word, got {kind!r}")
@@ -137,8 +139,7 @@ class IncidentFile:
         rows = tuple(map(_row, self._recorder.rows))
         onset_step = min([m.onset for m in first] + [at.step])
         onset = _point(rows, onset_step, at)
-        healthy = [step for step in self._recorder.healthy if step <= onset_step]
-        first_step = start if start is not None else max(healthy, default=None)
+        first_step = start if start is not None else self._start(onset_step)
         incident = Incident(
             folder=self._free_folder(f"{at.step}-{kind}"),
             number=1 + max((old.number for old in read_incidents(self.folder.parent)), default=0),
@@ -151,7 +152,7 @@ class IncidentFile:
             moved=first,
             cause=name_cause(first, measured),
             actions=(),
-            start=None if first_step is None else _point(rows, first_step, onset),
+            start=None if first_step is None or not state else _point(rows, first_step, onset),
             surroundings=surroundings(self._tensors),
             fingerprint=self._code,
             rows=rows,
@@ -162,13 +163,25 @@ class IncidentFile:
                 incident.folder.mkdir(parents=True, exist_ok=True)
             self._write(incident)
             self._keep_batches(incident, row_losses or {})
-        with self._survive(incident.folder.name):
-            if incident.start is not None:  # by every rank, whatever went wrong above: shards are saved together
-                self._recorder.save(incident.folder / SNAPSHOT, incident.start.step, keep=1)
-        with self._survive(incident.folder.name):
-            self._prune()
-            self._write(incident)
+        self._save(incident)
         return incident.folder
+
+    def keep_state(self) -> None:
+        """Write the snapshot that a replay of the open incident begins from, and the batches since, unless done.
+
+        To be called before the run goes back: that forgets the batches' order and the newer snapshots.
+        """
+        incident = self._open
+        if incident is None or incident.start is not None:
+            return
+        rows = _joined(incident.rows, self._new_rows())
+        onset = _point(rows, min([m.onset for m in incident.moved] + [incident.at.step]), incident.at)
+        first_step = self._start(onset.step)
+        start = None if first_step is None else _point(rows, first_step, onset)
+        incident = self._open = incident._replace(rows=rows, onset=onset, start=start)
+        with self._survive(incident.folder.name):
+            self._keep_batches(incident, {})
+        self._save(incident)
 
     def did(self, event: Event) -> None:
         """Add what was done to the open incident, on the disk when this returns; nothing where none is open.
@@ -214,6 +227,18 @@ class IncidentFile:
         self._open = self._open._replace(status=status, end=at)
         self.extend()
         self._open = None
+
+    def _start(self, onset: int) -> int | None:
+        return max((step for step in self._recorder.healthy if step <= onset), default=None)
+
+    def _save(self, incident: Incident) -> None:
+        with self._survive(incident.folder.name):
+            if incident.start is not None:  # by every rank, whatever went wrong above: shards are saved together
+                # The batches lie beside it, once.
+                self._recorder.save(incident.folder / SNAPSHOT, incident.start.step, keep=1, batches_from=math.inf)
+        with self._survive(incident.folder.name):
+            self._prune()
+            self._write(incident)
 
     def _new_rows(self) -> tuple[Row, ...]:
         rows = list(map(_row, self._recorder.rows))

@@ -6,6 +6,7 @@ Plain words and commands that work as they stand. Must not import the guard, the
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
 from collections.abc import Sequence
 
@@ -111,6 +112,11 @@ def _next(incident: Incident) -> str:
         lines.append(
             f"- Read the data: `{BATCHES}` says which rows were worst, and has their text where it could be had."
         )
+    if incident.snapshot is not None:
+        folder = shlex.quote(str(incident.folder.absolute()))
+        lines.append(
+            f"- Find out why, by running it again with one thing changed at a time: `aftershock replay {folder}`"
+        )
     lines += ["- Look at it in Python:", "", "```python", *_snippet(incident), "```"]
     return "\n".join(lines)
 
@@ -152,5 +158,7 @@ def _files(incident: Incident) -> str:
             f"- `snapshot/`: the state after {incident.start.step} steps, before all this: start a replay here"
         )
     else:
-        lines.append("- no snapshot: none was kept, or it had to make room for newer incidents")
+        lines.append(
+            "- no snapshot: skipped steps keep none, nothing healthy was at hand, or it had to make room for newer ones"
+        )
     return "\n".join([*lines, f"- `incident.json`: all of `{PAGE}` and more, for programs"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -99,6 +99,9 @@ class Policy(ABC):
     Example:
         guard = Guard(model, optimizer, policy=ZClip(max_norm=1.0))
     """
+
+    edits: ClassVar[bool] = True
+    """Whether it may edit gradients, weights or optimizer; one that only decides says False."""
 
     @abstractmethod
     def before_step(self, seen: Seen, live: Live) -> Action:

@@ -140,15 +140,43 @@ class FlightRecorder:
         self._slot(step).pinned = False
         self._drop_unless_needed(step)
 
-    def save(self, folder: str | Path, step: int, *, keep: int = 3, alone: bool = False) -> Path:
+    def save(
+        self, folder: str | Path, step: int, *, keep: int = 3, alone: bool = False, batches_from: float = 0
+    ) -> Path:
         """Write the snapshot of `step`, the log and the batches into a folder below `folder`, and give its path.
 
-        With several processes each of them calls it, unless `alone`. See `disk.write_snapshot`.
+        `batches_from`: only batches with this id or a later one; `math.inf` for none. With several processes each of
+        them calls it, unless `alone`. See `disk.write_snapshot`.
         """
         slot = self._slot(step)
-        batches = {batch_id: State(_wait(kept), {"batch": kept.rest}) for batch_id, kept in self._batches.items()}
-        snapshot = Snapshot(slot.at, _ready_state(slot), self.rows, batches)
+        snapshot = Snapshot(slot.at, _ready_state(slot), self.rows, self._host_batches(batches_from))
         return write_snapshot(Path(folder), snapshot, keep=keep, alone=alone)
+
+    def save_now(
+        self, folder: str | Path, at: Kept, own: Any, *, keep: int = 3, held: bool = False, batches_from: float = 0
+    ) -> Path:
+        """Write the run as it stands, with the guard's `own` state, as `save` does; the ring stays as it is.
+
+        `held`: a snapshot of exactly this moment has just been taken, and is written; else the state is copied first.
+        """
+        if held:
+            state = _ready_state(self._slot(at.step))
+        else:
+            live = self.training.read()
+            buffers: dict[str, Tensor] = {}
+            for event in _copy_all(live.tensors, buffers):
+                event.synchronize()
+            state = State(buffers, live.plain)
+        tensors: dict[str, Tensor] = {}
+        rest = split(own, "guard", tensors)
+        snapshot = Snapshot(at, state, self.rows, self._host_batches(batches_from), State(tensors, {"guard": rest}))
+        return write_snapshot(Path(folder), snapshot, keep=keep)
+
+    def adopt(self, at: Kept, state: State) -> None:
+        """Take a snapshot read from disk into the ring, newest last; it was healthy when it was written."""
+        buffers = self._free_buffers(at.step)
+        ready = _copy_all(state.tensors, buffers)
+        self._ring[at.step] = _Slot(at=at, plain=state.plain, buffers=buffers, ready=ready)
 
     @property
     def nbytes(self) -> int:
@@ -213,6 +241,17 @@ class FlightRecorder:
         self._batches.clear()
         for batch_id, batch in state["batches"]:
             self.keep_batch(batch_id, batch)
+
+    def adopt_log(self, snapshot: Snapshot) -> None:
+        """Go on with the log and the batches of a snapshot read from disk."""
+        self._rows.clear()
+        self._rows.extend(snapshot.rows)
+        self._batches.clear()
+        for batch_id in snapshot.batches:
+            self.keep_batch(batch_id, snapshot.batch(batch_id))
+
+    def _host_batches(self, start: float) -> dict[int, State]:
+        return {i: State(_wait(kept), {"batch": kept.rest}) for i, kept in self._batches.items() if i >= start}
 
     # ---- slots
 

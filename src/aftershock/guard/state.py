@@ -8,6 +8,7 @@ Must not import the recorder: it takes no copies itself.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -48,6 +49,8 @@ class StepRow(NamedTuple):
     loss: float
     grad_norm: float
     lr: float
+    update_norm: float = math.nan
+    """nan where the step was not taken."""
 
 
 class State(NamedTuple):
@@ -128,6 +131,10 @@ class Training:
             _refill(group, join(kept, held, live=group), keep="params")  # last: schedulers write rates too
         if rng:
             _set_rng(join(plain["rng"], held))
+
+    def restore_rng(self, state: State) -> None:
+        """The random numbers alone."""
+        _set_rng(join(state.plain["rng"], state.tensors))
 
     def check(self, state: State, *, rng: bool) -> None:
         """Raises ValueError, in a sentence, where `restore` would; changes nothing."""

@@ -8,66 +8,25 @@ Must not import the guard.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from aftershock.guard import checks, veto
-from aftershock.guard.actions import Actions, Clock
-from aftershock.guard.agree import Ranks
 from aftershock.guard.gauge import Gauge
-from aftershock.guard.policies.ladder import Ladder
-from aftershock.guard.policy import CONTINUE, Action, Continue, Policy, Rewind, ScaleLR, Seen, SkipStep, Stop
+from aftershock.guard.parts import Outcome, Parts
+from aftershock.guard.policy import CONTINUE, Action, Continue, Rewind, ScaleLR, Seen, SkipStep, Stop
 from aftershock.guard.rates import put_on, take_off
-from aftershock.guard.recorder import FlightRecorder
 from aftershock.guard.state import StepRow
 from aftershock.guard.undo import Undo, stamp
-from aftershock.guard.watch import Watch
 from aftershock.signals.reader import LateReader
 
 if TYPE_CHECKING:
-    from torch.amp.grad_scaler import GradScaler
+    pass
 
 OVERFLOWS = 24
 """Overflows in a row that are a GradScaler's own business: from its first scale, 2^16, so many bring it below 1."""
-
-
-class Outcome(NamedTuple):
-    """What became of a step. `taken`: the optimizer moved; `action`: the policy's last word on it.
-
-    With accumulation, `action` is None until the last micro-batch. With late reading it is that of the step before.
-    """
-
-    action: Action | None
-    taken: bool
-    step: int
-    batch_id: int
-    loss: float
-    grad_norm: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What a step is made with; `driven`: the guard itself calls optimizer, scheduler and scaler."""
-
-    model: nn.Module
-    optimizer: Optimizer
-    scheduler: Any
-    scaler: GradScaler | None
-    policy: Policy
-    ranks: Ranks
-    recorder: FlightRecorder
-    watch: Watch
-    clock: Clock
-    actions: Actions
-    clip_norm: float | None
-    update: Literal["sample", "all"]
-    dry_run: bool
-    driven: bool
-    late: bool | None
 
 
 class _Sent(NamedTuple):
@@ -149,7 +108,7 @@ class Steps:
         assert seen is not None
         p.clock.step += 1
         p.clock.scale = p.clock.scale.after_step()
-        p.recorder.note(StepRow(seen.step, seen.batch_id, seen.loss, seen.grad_norm, seen.lr))
+        p.recorder.note(StepRow(seen.step, seen.batch_id, seen.loss, seen.grad_norm, seen.lr, update))
         self._step_schedule()
         after = self._judge_update(seen, update, last_id=self._ids[-1])
         if isinstance(after, (Rewind, Stop)) or self._action == CONTINUE:
@@ -187,9 +146,43 @@ class Steps:
         if self._sent is not None:
             self._judge_late()
 
-    def loaded(self) -> None:
+    def loaded(self, overflows: int = 0) -> None:
         """The run's state was loaded from outside: what the scheduler counts now is right."""
         self._schedule.accept()
+        self._overflows = overflows
+
+    def put_back(self) -> None:
+        """The run is again where it was: what the scheduler counts now is right."""
+        self._schedule.accept()
+
+    @property
+    def overflows(self) -> int:
+        """Overflows of the GradScaler in a row."""
+        return self._overflows
+
+    @property
+    def edits(self) -> bool:
+        """Whether a step may be more than the optimizer's own."""
+        return self._parts.policy.edits
+
+    def backward(self, loss: Tensor) -> None:
+        """As the loop's own, by way of its scaler."""
+        (loss if self._parts.scaler is None else self._parts.scaler.scale(loss)).backward()
+
+    def rehearse(self, loss: Tensor) -> float:
+        """A step without a judge, gradients in place: clip, optimizer, schedule; the loss as all ranks see it."""
+        p = self._parts
+        if p.scaler is not None:
+            p.scaler.unscale_(p.optimizer)
+        norm = self._gauge.gradients.norm()
+        mean = self._gauge.agree(loss, norm, step=0, batch_id=0, faults=checks.Faults())[0].item()
+        if p.clip_norm is not None:
+            self._gauge.clip(p.clip_norm, norm)
+        self.optimize()
+        self._step_schedule()
+        p.optimizer.zero_grad(set_to_none=True)
+        self._schedule.accept()
+        return mean
 
     def unchanged(self) -> bool:
         """Whether the model still holds the parameters that the optimizer does. Walks the model: for snapshots."""
@@ -200,7 +193,7 @@ class Steps:
     def _decide(self, seen: Seen) -> Action:
         p = self._parts
         undo = None
-        if p.dry_run and not isinstance(p.policy, Ladder):  # the ladder edits nothing
+        if p.dry_run and p.policy.edits:
             undo = Undo(self._gauge.params, p.optimizer)
         action = p.policy.before_step(seen, self._gauge.live)
         if undo is not None:
@@ -225,7 +218,7 @@ class Steps:
         verdicts = {**seen.verdicts, **judged.verdicts}
         after = seen._replace(update_norm=update, verdicts=verdicts, cause=judged.cause or seen.cause)
         undo = None
-        if p.dry_run and not isinstance(p.policy, Ladder):
+        if p.dry_run and p.policy.edits:
             undo = Undo(self._gauge.params, p.optimizer)
         action = p.policy.after_step(after, self._gauge.live)
         if undo is not None:
@@ -299,13 +292,14 @@ class Steps:
         seen = self._seen
         assert seen is not None
         self.outcome = Outcome(self._action, taken, seen.step, seen.batch_id, seen.loss, seen.grad_norm)
+        self._parts.judged(self.outcome)
         return self.outcome
 
     # ---- one step late
 
     def _reads_late(self) -> bool:
         p = self._parts
-        able = isinstance(p.policy, Ladder) and veto.way_of(p.optimizer) == "found_inf" and not p.dry_run
+        able = not p.policy.edits and veto.way_of(p.optimizer) == "found_inf" and not p.dry_run
         if p.late and not able:
             raise ValueError(
                 "late=True needs an optimizer with fused=True (its kernel holds a non-finite step on the device), a "
@@ -343,7 +337,8 @@ class Steps:
         seen = self._see(sent.step, sent.ids[0], mean if sent.with_loss else 0.0, size, with_loss=sent.with_loss)
         seen = seen._replace(lr=sent.lr)
         self._seen, self._ids = seen, sent.ids
-        p.recorder.note(StepRow(seen.step, seen.batch_id, seen.loss, seen.grad_norm, seen.lr))
+        moved = math.nan if held else update
+        p.recorder.note(StepRow(seen.step, seen.batch_id, seen.loss, seen.grad_norm, seen.lr, moved))
         if held and self._overflowed(seen):
             self._action = SkipStep("the GradScaler's scale overflowed and was lowered")
             p.actions.tell("skip", seen, reason=self._action.reason)

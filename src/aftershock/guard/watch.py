@@ -15,6 +15,8 @@ from aftershock.signals.detect.roles import role_of
 from aftershock.signals.detect.rule import Rule, Verdict
 
 SIGNALS = ("loss", "grad_norm", "update_norm")
+PATIENCE = 32
+"""Quiet steps that end a run of alarms, as in the ladder: what moved before them is another story."""
 
 
 class Judged(NamedTuple):
@@ -44,6 +46,8 @@ class Watch:
         self._states = {name: rule.init() for name, rule in self._rules.items()}
         self._combiner = Combiner(signals=SIGNALS)
         self._moved = self._combiner.init()
+        self._alarms: dict[str, Moved] = {}
+        self._now = 0
 
     def judge(self, step: int, values: Mapping[str, float]) -> Judged:
         """The verdicts on the values of one step. Each signal at most once a step; a missing one is not judged."""
@@ -56,22 +60,35 @@ class Watch:
             if verdict != "ok":
                 found[name] = verdict
         self._moved, cause = self._combiner.update(self._moved, step, found)
+        self._now = step
+        self._alarms = {name: one for name, one in self._alarms.items() if step - one.last <= PATIENCE}
+        for name, verdict in found.items():
+            old = self._alarms.get(name)
+            self._alarms[name] = Moved(name, verdict, step, step) if old is None else old._replace(last=step)
         return Judged(found, cause)
+
+    @property
+    def moved(self) -> tuple[Moved, ...]:
+        """The signals of the run of alarms that goes on, each with its first verdict and onset."""
+        return tuple(one for one in self._alarms.values() if self._now - one.last <= PATIENCE)
 
     def rewind(self) -> None:
         """The run went back: baselines stay, runs in progress and what had moved are forgotten."""
         self._states = {name: rule.rewind(self._states[name]) for name, rule in self._rules.items()}
-        self._moved = self._combiner.init()
+        self._moved, self._alarms = self._combiner.init(), {}
 
     def state_dict(self) -> dict[str, Any]:
         """JSON types."""
         rules = {name: rule.to_dict(self._states[name]) for name, rule in self._rules.items()}
-        return {"rules": rules, "moved": [list(one) for one in self._moved.moved]}
+        alarms = [list(one) for one in self._alarms.values()]
+        return {"rules": rules, "moved": [list(one) for one in self._moved.moved], "alarms": alarms, "now": self._now}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave. Raises ValueError when a signal was watched by another detector."""
         self._states = {name: rule.from_dict(state["rules"][name]) for name, rule in self._rules.items()}
         self._moved = CombinerState(tuple(Moved(*one) for one in state["moved"]))
+        self._alarms = {one[0]: Moved(*one) for one in state["alarms"]}
+        self._now = state["now"]
 
 
 def _rule(signal: str, threshold: float | None) -> Robust:

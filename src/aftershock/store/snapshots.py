@@ -37,7 +37,7 @@ def save_snapshot(run_folder: Path, *, step: int, segment: int, tensors: Mapping
         try:
             save_file(_owned(tensors), tmp, metadata=meta)
         except Exception as error:
-            raise _as_os_error(error) from error
+            raise as_os_error(error) from error
         shutil.copymode(run_folder / ENV, tmp)  # safetensors makes it readable by its owner only
     steps = snapshot_steps(p.name for p in folder.iterdir())
     for old in [s for s in steps if s > step] + [s for s in steps if s <= step][:-keep]:
@@ -49,6 +49,12 @@ def load_snapshot(data: bytes) -> dict[str, torch.Tensor]:
     from safetensors.torch import load
 
     return load(data)
+
+
+def as_os_error(error: Exception) -> Exception:
+    """safetensors reports the operating system's errors in words only: "... (os error 28)"."""
+    code = str(error).partition("os error ")[2].partition(")")[0]
+    return OSError(int(code), str(error)) if code.isdecimal() else error
 
 
 def _owned(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -65,9 +71,3 @@ def _owned(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         seen.add(flat.untyped_storage().data_ptr())
         owned[name] = flat
     return owned
-
-
-def _as_os_error(error: Exception) -> Exception:
-    """safetensors reports the operating system's errors in words only: "... (os error 28)"."""
-    code = str(error).partition("os error ")[2].partition(")")[0]
-    return OSError(int(code), str(error)) if code.isdecimal() else error

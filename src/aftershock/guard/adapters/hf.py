@@ -47,7 +47,7 @@ class GuardCallback(TrainerCallback):
       its gradient thrown away, so that `global_step` keeps its meaning as a place in the data
     - the loss is what the model returns; with `compute_loss_func` or label smoothing the gradient alone decides
 
-    The guard's state is `guard.pt` in each checkpoint. `logging_nan_inf_filter` is set off: it hides a dead run.
+    The guard's state is `guard.pt` in each checkpoint. What the Trainer's own log shows of a NaN is said at the start.
     Raises ValueError when training begins for what cannot be guarded: DeepSpeed, DataParallel, LOMO, SageMaker.
 
     Example:
@@ -106,10 +106,8 @@ class GuardCallback(TrainerCallback):
         )
         self._coming = (None, None)
         self._hooks = [model.register_forward_hook(self._after_forward, with_kwargs=True)]
-        if args.logging_nan_inf_filter:
-            args.logging_nan_inf_filter = False
         if state.is_world_process_zero:
-            log.warning("guard in Trainer, mode %s: %s", self._mode, SAID[self._mode])
+            log.warning("guard in Trainer, mode %s: %s; %s", self._mode, SAID[self._mode], _about_log(args))
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self._losses, self._inputs = [], []
@@ -139,7 +137,7 @@ class GuardCallback(TrainerCallback):
         self._steer(control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         if args.should_save and folder.is_dir():
             torch.save(self.guard.state_dict(), folder / STATE)
 
@@ -193,11 +191,15 @@ class GuardCallback(TrainerCallback):
 
     def _check(self, args: TrainingArguments, state: TrainerState, optimizer: Optimizer) -> None:
         if args.deepspeed is not None:
-            raise ValueError("DeepSpeed's engine holds gradients and steps itself: it cannot be vetoed; use FSDP2 or DDP")
+            raise ValueError(
+                "DeepSpeed's engine holds gradients and steps itself: it cannot be vetoed; use FSDP2 or DDP"
+            )
         if args.n_gpu > 1:
             raise ValueError("DataParallel copies the model for each batch; start one process per GPU with torchrun")
         if type(optimizer).__name__ in ("Lomo", "AdaLomo"):
-            raise ValueError("LOMO updates the weights within backward, before anything can be judged; use another optim")
+            raise ValueError(
+                "LOMO updates the weights within backward, before anything can be judged; use another optim"
+            )
         if state.is_hyper_param_search:
             raise ValueError("a hyper-parameter search has a run for each trial; guard a single run")
         if self._mode == "restart" and (args.save_strategy == "no" or args.save_only_model or args.ignore_data_skip):
@@ -212,7 +214,7 @@ class GuardCallback(TrainerCallback):
             return self._coming[1]
         given = args.resume_from_checkpoint
         tried = [Path(given)] if isinstance(given, str) else []
-        tried += [self._coming[0] or Path(args.output_dir) / f"checkpoint-{state.global_step}"]
+        tried += [self._coming[0] or Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"]
         for path in tried:
             if (path / STATE).is_file():
                 return torch.load(path / STATE, weights_only=True)
@@ -288,20 +290,21 @@ def guarded_train(
     callback, folder = found[0], str(trainer.args.output_dir)
     at = get_last_checkpoint(folder) if resume_from_checkpoint is True else resume_from_checkpoint
     callback._coming = (Path(at) if at else None, None)
-    for attempt in range(attempts + 1):
+    used = 0
+    while True:
         output = trainer.train(resume_from_checkpoint=str(at) if at else None)
         if callback.restart is None:
-            break
+            return output
         at = callback.healthy(folder)
         if at is None:
             callback.give_up(f"no checkpoint in {folder} from before {callback.restart}; save more often (save_steps)")
-            break
-        if attempt == attempts:
+            return output
+        if used == attempts:
             callback.give_up(f"{attempts} restarts did not help: {callback.restart.reason}")
-            break
+            return output
+        used += 1
         callback.resume(at, skip=skip)
-        log.warning("guard: restart %d of %d from %s", attempt + 1, attempts, at)
-    return output
+        log.warning("guard: restart %d of %d from %s", used, attempts, at)
 
 
 class _Scaled:
@@ -312,7 +315,9 @@ class _Scaled:
 
     def __init__(self, optimizer: Any) -> None:
         scaler = getattr(optimizer, "scaler", None)
-        self._own: dict[str, Any] | None = vars(_inner(optimizer)) if scaler is not None and scaler.is_enabled() else None
+        self._own: dict[str, Any] | None = (
+            vars(_inner(optimizer)) if scaler is not None and scaler.is_enabled() else None
+        )
 
     def __enter__(self) -> None:
         if self._own is not None:
@@ -337,6 +342,14 @@ def _steps_per_epoch(loader: Any, args: TrainingArguments) -> int:
     if not has_length(loader):
         return max(1, args.max_steps)
     return max(1, -(-len(loader) // args.gradient_accumulation_steps))
+
+
+def _about_log(args: TrainingArguments) -> str:
+    """Either way the Trainer's own log tells a NaN wrong; which way it is."""
+    if args.logging_nan_inf_filter:
+        return "logging_nan_inf_filter=True shows a NaN loss as a finite one in the Trainer's log, not in the guard's"
+    # It empties its running sum by `tr_loss -= tr_loss`, and nan - nan is nan.
+    return "logging_nan_inf_filter=False leaves the Trainer's logged loss NaN for good after one NaN, skipped or not"
 
 
 def _distrust(path: Path) -> None:

@@ -25,7 +25,7 @@ TRAINERS_OWN = ("scheduler", "scaler", "accumulate", "driven")
 
 
 class Clock(NamedTuple):
-    """How the loop counts: it stands before step `at`, has `per_epoch` of them an epoch, of `samples` over all ranks."""
+    """How the loop counts: it stands before step `at`; an epoch has `per_epoch`, each of `samples` over all ranks."""
 
     at: int
     per_epoch: int
@@ -54,7 +54,11 @@ class Seat:
         if isinstance(scheduler, ReduceLROnPlateau):  # it is rewound too, and stepped by the loop with its metric
             own["extra"] = {**(own.get("extra") or {}), "scheduler": scheduler}
         self.guard = Guard(
-            model, optimizer, scheduler=None if "scheduler" in (own.get("extra") or {}) else scheduler, driven=False, **own
+            model,
+            optimizer,
+            scheduler=None if "scheduler" in (own.get("extra") or {}) else scheduler,
+            driven=False,
+            **own,
         )
         self.restart: Rewind | None = None
         self._model, self._optimizer, self._scheduler = model, optimizer, scheduler

@@ -10,7 +10,7 @@ import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from aftershock.guard.policies.incident import Alarms, Place, is_finite, leads, newest
 from aftershock.guard.policies.saved import packed, require, unpacked
@@ -42,6 +42,7 @@ class Ladder(Policy):
         guard = Guard(model, optimizer, policy=Ladder(probe=2, margin=100))
     """
 
+    edits: ClassVar[bool] = False
     max_skips: int = 3
     probe: int = 3
     margin: int = 10

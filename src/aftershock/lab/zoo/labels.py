@@ -1,6 +1,7 @@
-"""Where a loss curve spiked, said in hindsight by one rule fixed beforehand: the truth that detectors are held to.
+"""Where a loss curve spiked, said in hindsight by one rule for all: the truth that detectors are held to.
 
-Looks at the loss alone, so no detector can be right by using the same signal as the label. Imports only numerics.
+The rule was settled on zoo runs before any detector was tried, and stays. It looks at the loss alone.
+Imports only numerics.
 """
 
 from __future__ import annotations

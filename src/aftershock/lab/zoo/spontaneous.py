@@ -169,7 +169,7 @@ SLINGSHOT = Specimen(
     name="slingshot",
     kind="spontaneous",
     cause="C9",
-    about="Learned by heart in float32, the probability of the right class rounds to 1 and its gradient to 0, others' do "
+    about="Learned by heart in float32, the right class's probability rounds to 1 and its gradient to 0, others' do "
     "not; the loss falls to 5e-8 and jumps to 0.1 (10 of 10, first peak at 769 to 794); in float64 it goes on falling "
     "(0 of 10).",
     source="Thilak et al. 2022, arXiv 2206.04817; arXiv 2605.06152 (absorption in the softmax)",
@@ -180,8 +180,8 @@ BF16_LOSS = Specimen(
     name="bf16_loss",
     kind="spontaneous",
     cause="C9",
-    about="The loss is computed in bf16 (10 of 10, from step 308 to 319: it turns and rises tenfold and more, without "
-    "coming back); in float32 it goes on falling (0 of 10).",
+    about="The loss is computed in bf16 (10 of 10, from step 308 to 319: it turns and keeps rising to the end); in "
+    "float32 it goes on falling (0 of 10).",
     source="arXiv 2605.06152 (absorption in the softmax), here 2^-8 instead of 2^-23",
     steps=800,
     build=_bf16_loss,
@@ -190,8 +190,8 @@ MEMORISING = Specimen(
     name="memorising",
     kind="spontaneous",
     cause="C1",
-    about="A language model has learned 16 sequences by heart; gradients shrink and Adam's v decays after them (9 of 10, "
-    "first at 166 to 943, most after 800); AMSGrad, whose v never decays, has none (0 of 10).",
+    about="A language model has learned 16 sequences by heart; gradients shrink and Adam's v decays after them (9 of "
+    "10, first at 166 to 943, most after 800); AMSGrad, whose v never decays, has none (0 of 10).",
     source="arXiv 2506.04805",
     steps=1000,
     build=_memorising,
@@ -233,7 +233,7 @@ NORM_AGAINST_DECAY = Specimen(
     cause="C13",
     about="Weight decay shrinks weights that a LayerNorm follows, so the loss around them sharpens (9 of 10, first at "
     "549 to 1,438); without decay nothing happens (0 of 10).",
-    source="arXiv 2605.16622, 2605.23476; grid of rate and decay on clusters",
+    source="arXiv 2605.16622 (weight decay moves the edge of stability of MLPs)",
     steps=1600,
     build=_norm_against_decay,
 )
@@ -252,9 +252,9 @@ EMBEDDING_DECAY = Specimen(
     name="embedding_decay",
     kind="spontaneous",
     cause="C6",
-    about="Weight decay shrinks the embeddings, so the same step turns them further and the first norm's gradient grows "
-    "(10 of 10, first at 323 to 597); without their decay, and nothing else changed, nothing happens (0 of 10). AMSGrad "
-    "in both, so that the lag of lag_99 has no part in it.",
+    about="Weight decay on the embeddings alone shrinks them until a step is large against them (10 of 10, first at "
+    "323 to 597); without it, and nothing else changed, nothing happens (0 of 10). AMSGrad in both, so that the lag of "
+    "lag_99 has no part in it.",
     source="OLMo 2, arXiv 2501.00656, section 3; Takase et al. 2023, arXiv 2312.16903",
     steps=700,
     build=_embedding_decay,

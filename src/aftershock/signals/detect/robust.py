@@ -60,7 +60,8 @@ class Robust(Rule[RobustState]):
     With x = log(value) while no value was negative (`domain`), line(t) through the medians of the two halves of the
     last `window` accepted x, and sigma = max(1.4826 MAD, q90 / 1.28, `floor`) of the residuals:
     *spike* when x - line > `threshold` (1 + 8 / n) sigma, n the size of the baseline; a falling line is not
-    extrapolated, so a curve that flattens is no spike.
+    extrapolated, so a curve that flattens is no spike. In the log domain a value `sure_ratio` times the line is a spike
+    whatever sigma says (a run that spikes often has a wide one), and a value below `least` never is.
     *shift* after `shift_after` spikes in a row that keep one height, or `shift_cap` at any height: the baseline moves.
     Within a row, values above half the limit count too.
     *jump* after `jump_after` values in a row below the line by `jump_threshold` (1 + 8 / n) sigma: the baseline moves.
@@ -84,14 +85,22 @@ class Robust(Rule[RobustState]):
     drift_sigmas: float = 3.0
     drift_limit: float = 64.0
     floor: float = 0.002
+    sure_ratio: float = math.inf
+    least: float = 0.0
     drift_floor: float = 0.02
     better: Literal["lower", "higher", "neither"] = "lower"
     domain: Literal["auto", "linear"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("threshold", "jump_threshold", "drift_sigmas", "drift_limit", "floor", "drift_floor"):
+        for name in ("threshold", "jump_threshold", "drift_sigmas", "floor", "drift_floor"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"robust detector: {name} must be a positive number, got {getattr(self, name)}")
+        if not self.drift_limit > 0:
+            raise ValueError(f"robust detector: drift_limit must be positive (inf: never), got {self.drift_limit}")
+        if not self.sure_ratio > 1:
+            raise ValueError(f"robust detector: sure_ratio must be above 1 (inf: none), got {self.sure_ratio}")
+        if not 0 <= self.least < math.inf:
+            raise ValueError(f"robust detector: least must be 0 or a positive number, got {self.least}")
         for name, least in (("window", 32), ("delay", 0), ("block", 1), ("arm_after", 4), ("jump_after", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"robust detector: {name} must be at least {least}, got {getattr(self, name)}")
@@ -193,10 +202,14 @@ class Robust(Rule[RobustState]):
         unit = 1.0 if state.log else abs(level)
         sigma = max(MAD_TO_SIGMA * mad, Q90_TO_SIGMA * rest[(9 * n) // 10], self.floor * unit, 1e-300)
         wide = 1 + 8 / n  # few values know little of their spread
+        ahead = level + slope * reach if slope > 0 else level
+        limit = self.threshold * wide * sigma
+        if state.log:
+            limit = max(min(limit, math.log(self.sure_ratio)), math.log(self.least) - ahead if self.least > 0 else 0.0)
         new = state._replace(
-            level=level + slope * reach if slope > 0 else level,
+            level=ahead,
             slope=slope,
-            limit=self.threshold * wide * sigma,
+            limit=limit,
             drop=self.jump_threshold * wide * sigma,
             age=len(state.pending) + 1 + (0 if slope > 0 else round(reach)),
             due=self._delay(n) + min(self.block, max(4, n // 8)),
