@@ -253,8 +253,9 @@ def _of_the_guard(
     lines += [
         "",
         f"The ring holds {once.ring_bytes / 1e6:,.0f} MB in host memory: 4 slots of {state:.1f} bytes a parameter. A "
-        f"checkpoint by hand is {once.checkpoint_bytes / 1e6:,.0f} MB on disk. Loops that do not clip pay the gradient "
-        "norm on top, which is part of clipping here.",
+        f"checkpoint by hand is {once.checkpoint_bytes / 1e6:,.0f} MB on disk. A loop that does not clip has no norm "
+        f"that the guard could share: all of its work, clipping included, and 1/{EVERY} of a snapshot are "
+        f"{(parts['begin'] + parts['end'] + once.take_s / EVERY) / step_s:.2%} of the bare step.",
         "",
     ]
     return lines

@@ -143,8 +143,8 @@ class SkipStep:
     """AdamW times s in {0, 1}: s = 0 where loss or norm lies more than 6 sample deviations above its last 128.
 
     Every product with s stays on the device: decay, moments, step counter and update. The windows are full from the
-    start, so the rule's whole work is done at every step; what it decides does not change what it costs. The steps are
-    foreach calls; the optimizer's own moments are used.
+    start, so the rule's whole work is done at every step; what it decides does not change what it costs. One tensor
+    after another, as in the public code, which has no fused kernel for it; the optimizer's own moments are used.
     """
 
     WINDOW, SIGMAS = 128, 6.0
@@ -167,26 +167,18 @@ class SkipStep:
     @torch.no_grad()
     def step(self, s: Tensor) -> None:
         group = self._optimizer.param_groups[0]
-        params = [p for p in group["params"] if p.grad is not None]
-        grads = [p.grad for p in params]
-        moments, squares, steps = (
-            [self._optimizer.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq", "step")
-        )
         (beta1, beta2), lr = group["betas"], group["lr"]
-        torch._foreach_add_(steps, s)
-        torch._foreach_mul_(params, 1 - s * (lr * group["weight_decay"]))
-        torch._foreach_mul_(moments, 1 - s * (1 - beta1))
-        torch._foreach_add_(moments, torch._foreach_mul(grads, s * (1 - beta1)))
-        torch._foreach_mul_(squares, 1 - s * (1 - beta2))
-        new = torch._foreach_mul(grads, grads)
-        torch._foreach_mul_(new, s * (1 - beta2))
-        torch._foreach_add_(squares, new)
-        below = torch._foreach_sqrt(squares)
-        torch._foreach_div_(below, (1 - beta2 ** steps[0]).sqrt())
-        torch._foreach_add_(below, group["eps"])
-        update = torch._foreach_div(moments, below)
-        torch._foreach_mul_(update, -s * lr / (1 - beta1 ** steps[0]))
-        torch._foreach_add_(params, update)
+        for p in group["params"]:
+            if p.grad is None:
+                continue
+            state = self._optimizer.state[p]
+            moment, square, step = state["exp_avg"], state["exp_avg_sq"], state["step"]
+            step.add_(s)
+            p.mul_(1 - s * (lr * group["weight_decay"]))
+            moment.lerp_(p.grad, s * (1 - beta1))
+            square.mul_(1 - s * (1 - beta2)).add_((p.grad * p.grad).mul_(s * (1 - beta2)))
+            below = square.sqrt().div_((1 - beta2**step).sqrt()).add_(group["eps"])
+            p.add_(torch.div(moment, below, out=below).mul_(-s * lr / (1 - beta1**step)))
 
 
 class ZClip:

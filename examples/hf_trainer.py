@@ -28,7 +28,7 @@ def plant_a_nan(model: nn.Module, args: Any, output: Any) -> None:
 
 torch.manual_seed(0)
 text = torch.tensor(list(inspect.getsource(argparse).encode()[: 200 * 32])).view(200, 32)
-model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_positions=32, n_embd=64, n_layer=2, n_head=4))
+model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_positions=32, n_embd=64, n_layer=1, n_head=4))
 model.register_forward_hook(plant_a_nan)
 guard = GuardCallback()  # mode="restart" together with guarded_train(trainer) takes the data back as well
 trainer = Trainer(

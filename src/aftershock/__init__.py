@@ -12,6 +12,7 @@ from aftershock._version import __version__
 
 if TYPE_CHECKING:
     from aftershock.forecast.sensitivity import lr_sensitivity
+    from aftershock.guard.guard import Guard
     from aftershock.lab.fleet import Fleet
     from aftershock.lab.interventions import apply
     from aftershock.lab.launch import LocalLauncher
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "DecoderConfig": "lab.recipe",
     "Fleet": "lab.fleet",
+    "Guard": "guard.guard",
     "LanguageData": "lab.recipe",
     "LocalLauncher": "lab.launch",
     "MlpConfig": "lab.recipe",
@@ -53,6 +55,7 @@ _HOMES = {
 __all__ = [
     "DecoderConfig",
     "Fleet",
+    "Guard",
     "LanguageData",
     "LocalLauncher",
     "MlpConfig",

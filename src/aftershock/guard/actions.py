@@ -110,6 +110,9 @@ class Actions:
             elif any(kind in ALARMS for kind in seen.verdicts.values()) and "nonfinite" not in seen.verdicts.values():
                 self.tell("alarm", seen, cause=seen.cause)
             return
+        if isinstance(action, ScaleLR) and not action.reason:  # a hold that goes on was told when it began
+            self._clock.scale = Scale(action.factor, action.steps, action.rewarm)
+            return
         if self._cases is not None and not self._dry_run:
             self._cases.open(action, seen, self._watch.moved)
         data = action._asdict() | {"cause": seen.cause}

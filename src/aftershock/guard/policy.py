@@ -58,7 +58,10 @@ class SkipStep(NamedTuple):
 
 
 class ScaleLR(NamedTuple):
-    """Take the step, with every rate times `factor` for `steps` steps, then back to the schedule over `rewarm`."""
+    """Take the step, with every rate times `factor` for `steps` steps, then back to the schedule over `rewarm`.
+
+    An empty `reason` continues what was told before: it is no event of its own.
+    """
 
     factor: float
     steps: int

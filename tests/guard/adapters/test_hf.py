@@ -25,7 +25,7 @@ from aftershock.guard.adapters.seat import Clock, Seat
 from aftershock.guard.policies.ladder import Ladder
 from aftershock.guard.policy import CONTINUE, Action, Live, Rewind, Seen, Stop
 
-LENGTH, STEPS = 24, 24
+LENGTH, STEPS = 16, 24
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +102,7 @@ def _same(a: list[Tensor], b: list[Tensor]) -> bool:
     ("kind", "changes"),
     [
         ("gpt2", {}),
-        ("llama", {"gradient_accumulation_steps": 3, "optim": "adafactor"}),
+        ("llama", {"gradient_accumulation_steps": 2, "optim": "adafactor"}),
         ("gpt2", {"max_grad_norm": 0.0, "optim": "sgd", "lr_scheduler_type": "constant"}),
     ],
 )
@@ -189,6 +189,13 @@ class At(Ladder):
         return Rewind(seen.healthy[-1], (self.batch - 2, self.batch + 1), "planted")
 
 
+class Always(Ladder):
+    """Rewinds each time batch 11 comes."""
+
+    def before_step(self, seen: Seen, live: Live) -> Action:
+        return Rewind(seen.healthy[-1], (9, 12), "planted") if seen.batch_id == 11 else CONTINUE
+
+
 def _restarts(place: Path, faults: dict[int, float], **settings: Any) -> tuple[Any, GuardCallback]:
     model, callback = _model(), GuardCallback(mode="restart", snapshot_every=5, **settings)
     Faulty(model, faults)
@@ -196,16 +203,11 @@ def _restarts(place: Path, faults: dict[int, float], **settings: Any) -> tuple[A
     return trainer, callback
 
 
-@pytest.mark.parametrize("folder", [True, False])
-def test_stopped_rewound_and_resumed_is_as_if_uninterrupted(tmp_path: Path, folder: bool) -> None:
+def test_stopped_rewound_and_resumed_is_as_if_uninterrupted(tmp_path: Path) -> None:
     """equivalence: the machine fails at steps 13 to 15; with nothing skipped the run ends bit for bit as without."""
     plain = _trainer(tmp_path / "a", None)
     plain.train()
-    trainer, callback = _restarts(
-        tmp_path / "b",
-        dict.fromkeys((13, 14, 15), math.nan),
-        **({"folder": tmp_path / "guard"} if folder else {}),
-    )
+    trainer, callback = _restarts(tmp_path / "b", dict.fromkeys((13, 14, 15), math.nan), folder=tmp_path / "guard")
     guarded_train(trainer, skip=False)
     assert callback.stopped is None
     assert callback.guard.step_count == callback.guard.batch_id == trainer.state.global_step == STEPS
@@ -254,12 +256,12 @@ def test_a_plain_resume_takes_the_guards_state_along(tmp_path: Path) -> None:
 
 def test_restarts_are_counted_and_sick_checkpoints_put_aside(tmp_path: Path) -> None:
     """planted: a fault that comes back at the same place; training ends with the reason, and never loops."""
-    forever = dict.fromkeys(range(9, 400), math.nan)
-    trainer, callback = _restarts(tmp_path, forever, policy=Ladder(attempts=100))
+    trainer, callback = _restarts(tmp_path, {}, policy=Always())
     guarded_train(trainer, attempts=2, skip=False)
     assert callback.stopped is not None
-    assert "2 restarts did not help" in callback.stopped.reason
-    assert {path.name for path in tmp_path.glob("*checkpoint-*")} == {"checkpoint-4", "distrusted-checkpoint-8"}
+    assert callback.stopped.reason == "2 restarts did not help: planted"
+    # Training stopped with step 12, where one was due: what lay in memory then belonged to no step.
+    assert {path.name for path in tmp_path.glob("*checkpoint-*")} == {"checkpoint-4", "checkpoint-8"}
     early, callback = _restarts(tmp_path / "early", dict.fromkeys((1, 2, 3), math.nan))
     guarded_train(early)
     assert callback.stopped is not None

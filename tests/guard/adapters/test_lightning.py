@@ -182,10 +182,14 @@ def test_a_restart_leaves_the_skip_list_out(tmp_path: Path) -> None:
 
 def test_restarts_are_counted(tmp_path: Path) -> None:
     """planted: a fault that stays, and one before the first checkpoint."""
-    forever = dict.fromkeys(range(17, 400), math.nan)
-    _, callback, _ = _restarting(tmp_path / "a", forever, attempts=1)
+
+    class Always(Ladder):
+        def before_step(self, seen: Seen, live: Live) -> Action:
+            return Rewind(seen.healthy[-1], (17, 20), "planted") if seen.batch_id == 19 else CONTINUE
+
+    _, callback, _ = _restarting(tmp_path / "a", {}, attempts=1, skip=False, policy=Always())
     assert callback.stopped is not None
-    assert "1 restarts did not help" in callback.stopped.reason
+    assert "1 restarts did not help: planted" in callback.stopped.reason
     _, callback, _ = _restarting(tmp_path / "b", dict.fromkeys((2, 3, 4), math.nan))
     assert callback.stopped is not None
     assert "no checkpoint" in callback.stopped.reason

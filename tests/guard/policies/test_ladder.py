@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import nn
 
 from aftershock.guard.policies.ladder import Ladder
-from aftershock.guard.policy import CONTINUE, Action, Continue, Live, Rewind, Seen, SkipStep, Stop
+from aftershock.guard.policy import CONTINUE, Action, Continue, Live, Rewind, ScaleLR, Seen, SkipStep, Stop
 from aftershock.signals.detect.rule import Verdict
 
 MODEL = nn.Linear(1, 1)
@@ -41,7 +41,7 @@ def test_one_bad_batch_is_skipped_and_nothing_else() -> None:
     """planted: spike or NaN at one batch, the next one normal; as often as it likes."""
     ladder = warm(Ladder())
     for batch in range(200, 260, 2):
-        kind: dict[str, Any] = {"verdicts": SPIKE} if batch % 4 else {"loss": math.nan}
+        kind: dict[str, Any] = {"verdicts": SPIKE, "grad_norm": 12.0} if batch % 4 else {"loss": math.nan}
         assert isinstance(ladder.before_step(seen(200, batch=batch, **kind), LIVE), SkipStep)
         assert ladder.before_step(seen(200, batch=batch + 1), LIVE) == CONTINUE
 
@@ -93,7 +93,7 @@ def test_a_moved_update_with_a_quiet_gradient_rewinds_at_once_then_slower(kind: 
     ladder.after_rewind(150)
     again = ladder.after_step(seen(200, batch=251, **row), LIVE)  # in the cool-down, but x10
     assert isinstance(again, Rewind)
-    assert (again.to_step, again.lr_steps, again.rewarm) == (100, 100, 100)
+    assert (again.to_step, again.lr_steps, again.rewarm) == (100, 200, 100)  # slow until 100 steps after the failure
     assert again.lr_factor == pytest.approx(1 / 20)  # one division
 
 
@@ -120,7 +120,7 @@ def test_second_failure_goes_further_and_slower_third_stops() -> None:
     assert isinstance(second, Rewind)
     assert isinstance(third, Stop)
     assert (first.to_step, first.skip, first.lr_factor) == (150, (200, 203), 1.0)
-    assert (second.to_step, second.skip, second.lr_factor, second.lr_steps) == (100, (203, 209), 0.5, 100)
+    assert (second.to_step, second.skip, second.lr_factor, second.lr_steps) == (100, (203, 209), 0.5, 201)
 
 
 def test_far_beyond_the_place_it_counts_anew() -> None:
@@ -145,7 +145,88 @@ def test_in_the_cool_down_only_extremes_act() -> None:
     assert isinstance(ladder.before_step(seen(180, grad_norm=math.nan), LIVE), SkipStep)
     assert isinstance(ladder.after_step(seen(180, verdicts=UPDATE, update_norm=5.0), LIVE), Rewind)
     ladder.after_rewind(150)
-    assert isinstance(ladder.before_step(seen(201, verdicts=SPIKE, grad_norm=5.0), LIVE), SkipStep)
+    assert isinstance(ladder.before_step(seen(201, verdicts=SPIKE, grad_norm=12.0), LIVE), SkipStep)
+
+
+def test_a_gradient_alone_acts_only_far_out() -> None:
+    """planted: x5 with a quiet loss is taken, x12 is skipped; with the loss it is skipped at any size."""
+    ladder = warm(Ladder())
+    assert ladder.before_step(seen(200, verdicts=SPIKE, grad_norm=5.0), LIVE) == CONTINUE
+    assert isinstance(ladder.before_step(seen(201, verdicts=SPIKE, grad_norm=12.0), LIVE), SkipStep)
+    assert isinstance(ladder.before_step(seen(201, batch=202, verdicts=SPIKE | LOSS, grad_norm=2.0), LIVE), SkipStep)
+
+
+def test_a_small_jump_of_the_update_is_none() -> None:
+    """planted: x1.3 over a very steady update is a spike to the detector and nothing to act on."""
+    ladder = warm(Ladder())
+    assert ladder.after_step(seen(200, verdicts=UPDATE, update_norm=0.13), LIVE) == CONTINUE
+
+
+def fail(ladder: Ladder, step: int, batch: int, **values: Any) -> Action:
+    """Three loud batches in a row at `step`."""
+    action: Action = CONTINUE
+    for i in range(3):
+        action = ladder.before_step(seen(step, batch=batch + i, verdicts=LOSS, **values), LIVE)
+    if isinstance(action, Rewind):
+        ladder.after_rewind(action.to_step)
+    return action
+
+
+@pytest.mark.parametrize("exhausted", ["ride", "stop"])
+def test_a_place_that_is_only_loud_is_ridden_out(exhausted: Literal["ride", "stop"]) -> None:
+    """planted: the third failure of a finite state ends the run or the interventions, as told; a NaN acts still."""
+    ladder = warm(Ladder(exhausted=exhausted, cooldown=0))
+    found = [fail(ladder, 205 + attempt, 300 + 3 * attempt) for attempt in range(3)]
+    assert [type(action) for action in found] == [Rewind, Rewind, Stop if exhausted == "stop" else ScaleLR]
+    if exhausted == "ride":
+        assert all(ladder.before_step(seen(208 + i, verdicts=LOSS, loss=9.0), LIVE) == CONTINUE for i in range(90))
+        assert isinstance(ladder.before_step(seen(300, loss=math.nan), LIVE), SkipStep)
+        assert isinstance(ladder.before_step(seen(310, verdicts=LOSS, loss=9.0), LIVE), SkipStep)
+
+
+def test_a_run_that_spikes_by_nature_is_left_alone() -> None:
+    """planted: three places were rewound within a thousand steps; the fourth is not, nor any until those are old."""
+    ladder = warm(Ladder(cooldown=0))
+    kinds = [type(fail(ladder, step, step)) for step in (205, 405, 605, 805, 1005)]
+    assert kinds == [Rewind, Rewind, Rewind, Continue, Continue]
+    assert isinstance(fail(ladder, 1900, 1900), Rewind)
+
+
+def test_bad_data_after_a_rewind_is_skipped_until_it_ends() -> None:
+    """planted: a shard of 40 bad batches: one rewind, the rest skipped in the restored state, and then on."""
+    ladder = warm(Ladder())
+    action = fail(ladder, 200, 200, loss=6.0)
+    assert isinstance(action, Rewind)
+    for batch in range(203, 240):  # its detector took the loss for the new normal long ago: no verdict
+        row = seen(action.to_step, batch=batch, verdicts=LOSS if batch < 215 else {}, loss=6.0)
+        assert isinstance(ladder.before_step(row, LIVE), SkipStep), batch
+    assert ladder.before_step(seen(action.to_step, batch=240, loss=3.0), LIVE) == CONTINUE
+
+
+def test_bad_data_without_end_is_taken_in_the_end() -> None:
+    """planted: what stays bad after `max_fresh` batches is how the data is now."""
+    ladder = warm(Ladder(max_fresh=10))
+    action = fail(ladder, 200, 200, loss=6.0)
+    assert isinstance(action, Rewind)
+    rows = [ladder.before_step(seen(150, batch=203 + i, loss=6.0), LIVE) for i in range(12)]
+    assert [type(row) for row in rows] == [SkipStep] * 10 + [Continue] * 2
+
+
+def test_a_rate_that_jumps_again_may_only_double_every_50_steps() -> None:
+    """planted: x30 in the schedule; after two failures the rate is held near the usual one and let up slowly."""
+    ladder = warm(Ladder())
+    row = {"verdicts": UPDATE, "update_norm": 3.0, "lr": 3e-2}
+    for failure in range(2):
+        action = ladder.after_step(seen(200, batch=200 + failure, **row), LIVE)
+        assert isinstance(action, Rewind)
+        ladder.after_rewind(action.to_step)
+    rates = []
+    for step in range(200, 500):
+        action = ladder.before_step(seen(step, lr=3e-2), LIVE)
+        rates.append(3e-2 * (action.factor if isinstance(action, ScaleLR) else 1.0))
+    assert rates[0] == pytest.approx(1e-3)  # one division
+    assert rates[50] == pytest.approx(2e-3)
+    assert rates[-1] == 3e-2
 
 
 @pytest.mark.parametrize("kind", ["shift", "drift", "jump"])
@@ -172,7 +253,7 @@ def test_without_a_snapshot() -> None:
 def test_dry_run_changes_nothing() -> None:
     """contract: every decision is a Continue that says what it would have been; the incident is told once."""
     ladder = warm(Ladder(dry_run=True))
-    rows = [ladder.before_step(seen(200 + i, verdicts=SPIKE, grad_norm=5.0), LIVE) for i in range(10)]
+    rows = [ladder.before_step(seen(200 + i, verdicts=LOSS), LIVE) for i in range(10)]
     assert {type(row) for row in rows} == {Continue}
     assert [row.reason.split(":")[0] for row in rows if row.reason] == ["dry run"] * 3
     assert "rewind to step 150" in rows[2].reason

@@ -55,7 +55,8 @@ class Trial(NamedTuple):
 
 
 class Build(Protocol):
-    """Makes a trial. `faulty=False` gives the fault-free twin of a planted fault: same weights, data and rates."""
+    """Makes a trial. `faulty=False` gives the twin without the cause: of a planted fault the same weights, data and
+    rates; of a spontaneous specimen the same run with the one setting changed that makes it spike."""
 
     def __call__(self, seed: int, *, faulty: bool = True) -> Trial: ...
 
@@ -76,5 +77,6 @@ class Specimen:
     onset: int | None = None
 
     def __post_init__(self) -> None:
-        assert (self.cause == "none") == (self.kind == "healthy") and (self.cause in {*CAUSES, "none"}), self.name
+        assert self.cause in {*CAUSES, "none"}, self.name
+        assert (self.cause == "none") == (self.kind == "healthy"), self.name
         assert (self.onset is not None) == (self.kind == "planted"), self.name

@@ -25,6 +25,9 @@ Rates = Callable[[int], float]
 
 CONTEXT, WARMUP = 32, 50
 LANGUAGE_RATE, CURVE_RATE = 3e-3, 1e-2
+CURVE_STEPS, CURVE_DECAY = 1400, 300
+"""Length of a regression, and of the linear decay at its end: without one, other batches of the same kind move the
+final loss by up to 5.9 %, with it by 1 %, and a policy could not be judged at 2 %."""
 
 _FIRST_LETTER, _NUM_LETTERS, _SPACE = 97, 26, b" "
 _DRAWN_WORDS = 60_000
@@ -121,7 +124,7 @@ def regression(
     return Workload(
         model=model,
         optimizer=optimizer,
-        scheduler=LambdaLR(optimizer, rate),
+        scheduler=LambdaLR(optimizer, lambda step: rate(step) * max(0.0, min(1.0, (CURVE_STEPS - step) / CURVE_DECAY))),
         batch=change(batch),
         loss=curve_loss,
         held_out=held_out(curve_loss, curve),
