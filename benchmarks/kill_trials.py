@@ -1,8 +1,8 @@
 """A small guarded run, killed with -9 at a random moment and resumed, until it ends: python -m benchmarks.kill_trials
 
-Each trial is one run with faults in its data, rewinds included, in a folder of its own. Its processes are forked from one
-that is warm, so a trial takes a fraction of a second. Checked after each: every event of the uninterrupted run is there
-once, every folder can be read, no snapshot is damaged, and the final weights have the same bits.
+Each trial is one run with faults in its data, a rewind included, in a folder of its own. Its processes are forked from
+one that is warm, so a trial takes a fraction of a second. Checked after each: every event of the uninterrupted run is
+there once, every folder can be read, no snapshot is damaged, and the final weights have the same bits.
 """
 
 from __future__ import annotations

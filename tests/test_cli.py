@@ -110,7 +110,7 @@ FLAGS = {
     "sensitivity": {"--l0", "--json"},
     "detect": {"--rule", "--signals", "--json", "--follow"},
     "claims": {"--run", "--out", "--processes", "--json"},
-    "bench": {"--out", "--rerun", "--specimens", "--processes", "--json"},
+    "bench": {"--out", "--rerun", "--specimens", "--policies", "--seeds", "--processes", "--json"},
 }
 
 

@@ -44,7 +44,8 @@ HEAVY = {
     *("duckdb", "fsspec", "jinja2", "rich", "safetensors"),  # core, but slow to load
     *("matplotlib", "playwright", "ray", "scipy", "submitit", "torchdata"),  # extras and tools
     *("mlflow", "tensorboard", "trackio", "wandb"),  # trackers
-    *("pandas", "transformers"),  # never ours
+    *("accelerate", "lightning", "transformers"),  # foreign trainers
+    "pandas",  # never ours
 }
 """Imported inside the function that uses them. (torch, numpy, yaml and tyro may stand at the top of a file.)"""
 
@@ -58,7 +59,7 @@ TEXT_SUFFIXES = (".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".css", ".html"
 
 def _files(*suffixes: str) -> list[Path]:
     """Our own text files, as git would ship them: no vendored ones, nothing built."""
-    tops = [ROOT / name for name in ("src", "tests", "benchmarks", "docs", ".ci")]
+    tops = [ROOT / name for name in ("src", "tests", "benchmarks", "docs", "examples", ".ci")]
     found = [path for top in tops for path in top.rglob("*")] + list(ROOT.iterdir())
     return sorted(
         path

@@ -217,8 +217,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if isinstance(command, Bench):
             from aftershock.report.detectors import write_detectors_page
+            from aftershock.report.survival import write_survival_page
 
-            return command.run(write_detectors_page)
+            return command.run(write_detectors_page, write_survival_page)
         return command.run()
     except (ValueError, OSError) as error:
         print(f"aftershock: {error}", file=sys.stderr)

@@ -15,7 +15,7 @@ from aftershock.bench import survival_study
 from aftershock.bench.command import Bench
 from aftershock.bench.survival import Job, Judged, full_grid, judge, reduced_grid, summary
 from aftershock.bench.survival_record import NAME, Study, read_study, rows_of, study_json, write_study
-from aftershock.bench.survival_run import FAULT_FREE, SHIFTED, UNGUARDED, Ended, Happened, train
+from aftershock.bench.survival_run import FAULT_FREE, NUDGED, SHIFTED, UNGUARDED, Ended, Happened, train
 from aftershock.bench.survival_table import headline, markdown, print_study
 from aftershock.lab.zoo.disturbances import Strike
 from aftershock.lab.zoo.specimen import Specimen, Trial
@@ -34,18 +34,19 @@ def _ended(specimen: str, policy: str, end: float | None, *, seed: int = 1, earl
     return Ended(specimen=specimen, policy=policy, seed=seed, **fields | given)  # pyright: ignore[reportArgumentType]
 
 
-def _references(seed: int = 1, *, shifted: float = 1.01) -> list[Ended]:
+def _references(seed: int = 1, *, shifted: float = 1.01, nudged: float = 1.01) -> list[Ended]:
     return [
         _ended("bad", UNGUARDED, None, seed=seed),
         _ended("bad", FAULT_FREE, 1.0, seed=seed),
         _ended("bad", SHIFTED, shifted, seed=seed),
         _ended("wild", UNGUARDED, 1.0, seed=seed),
+        _ended("wild", NUDGED, nudged, seed=seed),
         _ended("calm", UNGUARDED, 1.0, seed=seed),
     ]
 
 
-def _judged(*runs: Ended, shifted: float = 1.01) -> list[Judged]:
-    return judge([*_references(shifted=shifted), *runs], kinds=KINDS, onsets=ONSETS)
+def _judged(*runs: Ended, shifted: float = 1.01, nudged: float = 1.01) -> list[Judged]:
+    return judge([*_references(shifted=shifted, nudged=nudged), *runs], kinds=KINDS, onsets=ONSETS)
 
 
 @pytest.mark.parametrize(
@@ -65,9 +66,9 @@ def test_the_limit_of_each_kind(specimen: str, end: float | None, survived: bool
 
 
 def test_noise_widens_one_limit_only() -> None:
-    """planted: twins that end 8 % apart, either way, excuse 7 % and not 9 %, and never count as survived."""
-    for shifted in (1.08, 1 / 1.08):
-        near, far = (_judged(_ended("bad", "ladder", end), shifted=shifted)[0] for end in (1.07, 1.09))
+    """planted: shams that end 8 % apart, either way, excuse 7 % and not 9 %, and never count as survived."""
+    for name, noise in (("bad", 1.08), ("bad", 1 / 1.08), ("wild", 1.08), ("wild", 1 / 1.08)):
+        near, far = (_judged(_ended(name, "ladder", end), shifted=noise, nudged=noise)[0] for end in (1.07, 1.09))
         assert (near.survived, near.but_for_noise) == (False, True)
         assert (far.survived, far.but_for_noise) == (False, False)
 
@@ -79,7 +80,7 @@ def test_a_stopped_run_is_lost() -> None:
 
 
 def test_an_unguarded_run_that_ends_nowhere_is_beaten_by_any_end() -> None:
-    runs = [_ended("wild", UNGUARDED, None), _ended("wild", "ladder", 99.0)]
+    runs = [_ended("wild", UNGUARDED, None), _ended("wild", NUDGED, None), _ended("wild", "ladder", 99.0)]
     (found,) = judge(runs, kinds=KINDS, onsets=ONSETS)
     assert found.survived
     with pytest.raises(ValueError, match="wild, seed 1: the run unguarded is missing"):
@@ -105,7 +106,7 @@ def test_grids() -> None:
     assert Job("slingshot", "zclip", 1) in reduced
     assert Job("bad", "zclip", 1) not in reduced
     full = full_grid(KINDS, ("ladder", "zclip"), (1, 3))
-    assert len(full) == 2 * (3 + 1 + 1) + 2 * 3 * 2
+    assert len(full) == 2 * (3 + 2 + 1) + 2 * 3 * 2
     assert {job.seed for job in full} == {1, 3}
 
 

@@ -1,6 +1,7 @@
-"""One rank of runs that are killed: argv = folder. Started by test_durable_ranks.py under torchrun, which restarts it.
+"""One rank of runs that are killed: argv = folder, kills as ddp:commit. Started by test_durable_ranks.py, by torchrun.
 
-Rank 1 sees three NaN losses, and once in each place of `KILLS` it dies with -9. What each rank did goes to a file.
+Rank 1 sees three NaN losses, and dies with -9 once in each place named; then it is to be started again. What each rank
+did goes to a file.
 """
 
 from __future__ import annotations
@@ -22,42 +23,44 @@ from aftershock.guard import disk
 from aftershock.guard.guard import Guard
 from aftershock.guard.state import State, Training
 
-KILLS = {"ddp": ("rewind", "commit"), "fsdp": ("rewind",)}
+WAYS = ("ddp", "fsdp")
 FAULTS = (20, 21, 22)
 
 
-def _die_once(folder: Path, place: str, at: int) -> bool:
-    """Whether it is to die here: on rank 1, in the rewind, and only the first time."""
+def _die_once(folder: Path, place: str) -> None:
+    """On rank 1, the first time it comes here: as if the machine had lost it."""
     marker = folder / f"died-{place}"
-    if dist.get_rank() != 1 or at < FAULTS[-1] or marker.exists():
-        return False
-    marker.touch()
-    return True
+    if dist.get_rank() == 1 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
-def plant(folder: Path, places: tuple[str, ...], at: Callable[[], int]) -> None:
-    """Death in the middle of going back, and in the middle of writing the snapshot behind it."""
+def plant(folder: Path, places: tuple[str, ...]) -> Callable[[], None]:
+    """Death in the middle of going back, and in the middle of writing the snapshot behind it; what takes it out."""
     restore, write = Training.restore, disk._write_part
+    rewound = False
 
     def dying_restore(self: Training, state: State, *, rng: bool) -> None:
-        if "rewind" in places and _die_once(folder, "rewind", at()):
-            with torch.no_grad():
-                for p in list(self.params.values())[:2]:
-                    p.fill_(7.0)  # half of it is written
-            os.kill(os.getpid(), signal.SIGKILL)
+        nonlocal rewound
+        rewound = True
+        with torch.no_grad():
+            for p in list(self.params.values())[:2]:
+                p.fill_(7.0)  # half of it is written
+        if "rewind" in places:
+            _die_once(folder, "rewind")
         restore(self, state, rng=rng)
 
     def dying_write(tmp: Path, part: Any, rank: int) -> None:
-        if "commit" in places and "rewind" in places and (folder / "died-rewind").exists() and rewound():
-            if _die_once(folder, "commit", at()):
-                (tmp / f"rank-{rank}.json").write_text("{")
-                os.kill(os.getpid(), signal.SIGKILL)
+        if rewound and "commit" in places:
+            (tmp / f"rank-{rank}.json").write_text("{")
+            _die_once(folder, "commit")
         write(tmp, part, rank)
 
-    def rewound() -> bool:
-        return at() > FAULTS[-1]
+    def undo() -> None:
+        Training.restore, disk._write_part = restore, write
 
     Training.restore, disk._write_part = dying_restore, dying_write
+    return undo
 
 
 def train(way: str, folder: Path, *, kills: tuple[str, ...]) -> dict[str, Any]:
@@ -72,22 +75,20 @@ def train(way: str, folder: Path, *, kills: tuple[str, ...]) -> dict[str, Any]:
         model = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     torch.manual_seed(10 + dist.get_rank())
-    last = [-1]
-    folder.mkdir(parents=True, exist_ok=True)
-    plant(folder, kills, lambda: last[0])
     guard = Guard(
         model, optimizer, clip_norm=1.0, snapshot_every=10, save_every=10, mode="restart", folder=folder, resume=True
     )
+    undo = plant(folder, kills)
     data = torch.Generator().manual_seed(dist.get_rank())
     done = []
     for x in guard.batches([torch.randn(4, 8, generator=data) for _ in range(40)]):
-        last[0] = guard.batch_id - 1
         loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
-        if dist.get_rank() == 1 and last[0] in FAULTS:
+        if dist.get_rank() == 1 and guard.batch_id - 1 in FAULTS:
             loss = loss * math.nan
         loss.backward()
         outcome = guard.step(loss)
         done.append([outcome.taken, type(outcome.action).__name__, outcome.step, outcome.batch_id])
+    undo()
     guard.close()
     weights = [p.detach().full_tensor() if way == "fsdp" else p.detach() for p in model.parameters()]  # pyright: ignore[reportAttributeAccessIssue]
     return {
@@ -103,13 +104,14 @@ def main() -> None:
     top = Path(sys.argv[1])
     dist.init_process_group("gloo")
     found: dict[str, Any] = {}
-    for way, kills in KILLS.items():
+    for way in WAYS:
+        kills = tuple(word.partition(":")[2] for word in sys.argv[2:] if word.startswith(f"{way}:"))
         path = top / f"{way}-cut.{dist.get_rank()}"
         if not path.exists():
             path.write_text(json.dumps(train(way, top / f"{way}-cut", kills=kills)))
         found[f"{way}-cut"] = json.loads(path.read_text())
         dist.barrier()
-    for way in KILLS:
+    for way in WAYS:
         found[f"{way}-whole"] = train(way, top / f"{way}-whole", kills=())
     (top / f"result.{dist.get_rank()}").write_text(json.dumps(found))
     dist.destroy_process_group()

@@ -18,8 +18,8 @@ WORKER = Path(__file__).with_name("agree_worker.py")
 SOURCE = Path(__file__).parents[2] / "src"
 
 
-def _run(way: str, out: Path, *troubles: str) -> list[dict[str, dict[str, Any]]]:
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def _run(way: str, out: Path, *troubles: str, number: int = 2) -> list[dict[str, dict[str, Any]]]:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
     env = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         [sys.executable, *launch, str(WORKER), way, str(out), *troubles],
@@ -29,7 +29,7 @@ def _run(way: str, out: Path, *troubles: str) -> list[dict[str, dict[str, Any]]]
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(2)]
+    return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(number)]
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,16 @@ def test_a_nan_on_one_rank_is_everybodys(request: pytest.FixtureRequest, way: st
     assert [i for i, one in enumerate(first["done"]) if not one[0]] == [20, 21, 22]
     assert [one[1] for one in first["done"][20:23]] == ["SkipStep", "SkipStep", "Rewind"]
     assert first["steps"] == second["steps"] == 20 + 17
+
+
+@pytest.mark.study
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_four_processes_decide_alike(tmp_path: Path, way: str) -> None:
+    """planted: a NaN on one of four: the same skips, the same rewind, the same bits on all."""
+    first, *others = (rank["loss"] for rank in _run(way, tmp_path / "out", "loss", number=4))
+    assert [one[1] for one in first["done"][20:23]] == ["SkipStep", "SkipStep", "Rewind"]
+    for other in others:
+        assert repr(other) == repr(first)
 
 
 def test_both_ways_see_the_same_norms(ddp: list[dict[str, Any]], fsdp: list[dict[str, Any]]) -> None:

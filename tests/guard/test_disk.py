@@ -126,7 +126,7 @@ def test_any_tensors_come_back(tmp_path_factory: pytest.TempPathFactory, tensors
 
 
 def test_the_last_ones_are_kept(tmp_path: Path) -> None:
-    """contract: the newest `keep` steps, the first and last of each; going back drops the branch that was left; the new one always stays."""
+    """contract: the newest `keep` steps, the first and last of each; going back drops the branch that was left."""
     saved(tmp_path, 10, 20, 30, 40)
     assert steps_in(tmp_path) == [20, 30, 40]
     saved(tmp_path, 25)

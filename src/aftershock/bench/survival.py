@@ -12,9 +12,10 @@ batches, did not get to its end and has not survived.
   2 % are those of planted faults: one skipped batch moves the end by more than nothing
 - healthy: end <= 1.005 times the unguarded run's
 
-**Survived but for noise**: as above, with the limit of a planted fault no lower than 1 + its noise: how far two
-fault-free twins of one seed end apart, one of which leaves out 3 batches at the onset, the largest over the seeds.
-Where that exceeds 2 %, the first definition measures the order of the data.
+**Survived but for noise**: as above, with a limit no lower than 1 + the specimen's noise, the largest over the seeds.
+Planted: how far two fault-free twins of one seed end apart, one of which leaves out 3 batches at the onset.
+Spontaneous: how far two unguarded runs end apart, one of which began one unit in the last place off. Where that exceeds
+2 %, the first definition measures the order of the data, or chaos.
 
 **False interventions**: skips, rewinds, scaled rates, stops and edits on healthy specimens, and on planted ones before
 the onset, per 10,000 batches. A policy that edits gradients as its normal work (a clip) counts each step that it says
@@ -31,7 +32,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from aftershock.bench.corpus import SCORING_SEEDS
-from aftershock.bench.survival_run import FAULT_FREE, INTERVENTIONS, REFERENCES, SHIFTED, UNGUARDED, Ended
+from aftershock.bench.survival_run import (
+    FAULT_FREE,
+    INTERVENTIONS,
+    NUDGED,
+    REFERENCES,
+    REFERENCES_OF,
+    SHIFTED,
+    UNGUARDED,
+    Ended,
+)
 
 PLANTED_LIMIT, HEALTHY_LIMIT = 1.02, 1.005
 
@@ -70,7 +80,7 @@ def full_grid(kinds: Mapping[str, str], policies: Sequence[str], seeds: Sequence
     """Every policy on every specimen with every seed, with the runs that they are compared with."""
     jobs = []
     for name, kind in kinds.items():
-        references = REFERENCES if kind == "planted" else (UNGUARDED,)
+        references = REFERENCES_OF[kind]
         jobs += [Job(name, one, seed) for seed in seeds for one in (*references, *policies)]
     return _once(jobs)
 
@@ -87,7 +97,7 @@ class Judged(NamedTuple):
     to_unguarded: float | None
     to_fault_free: float | None
     noise: float
-    """Of the specimen's data order: the largest ratio of the ends of two fault-free twins; 1 where it has none."""
+    """The largest ratio of the ends of two runs that differ by nothing that matters; 1 where none was trained."""
     steps: int
     batches: int
     lost: int
@@ -109,7 +119,7 @@ def judge(runs: Iterable[Ended], *, kinds: Mapping[str, str], onsets: Mapping[st
         if job.policy in REFERENCES:
             continue
         kind = kinds[job.specimen]
-        needed = REFERENCES if kind == "planted" else (UNGUARDED,)
+        needed = REFERENCES_OF[kind]
         references = {}
         for name in needed:
             if job._replace(policy=name) not in by_job:
@@ -120,11 +130,12 @@ def judge(runs: Iterable[Ended], *, kinds: Mapping[str, str], onsets: Mapping[st
 
 
 def _noise(runs: Mapping[Job, Ended]) -> dict[str, float]:
-    """By specimen: how far apart its two fault-free twins end, at most."""
+    """By specimen: how far apart two runs end, at most, that differ by nothing that matters."""
     found: dict[str, float] = {}
     for job, run in runs.items():
-        twin = runs.get(job._replace(policy=FAULT_FREE))
-        ratio = _ratio(_end(run), _end(twin)) if job.policy == SHIFTED and twin is not None else None
+        shams = {SHIFTED: FAULT_FREE, NUDGED: UNGUARDED}
+        twin = runs.get(job._replace(policy=shams[job.policy])) if job.policy in shams else None
+        ratio = None if twin is None else _ratio(_end(run), _end(twin))
         if ratio is not None:
             found[job.specimen] = max(found.get(job.specimen, 1.0), ratio, 1 / ratio)
     return found
@@ -170,7 +181,7 @@ def _why(run: Ended, kind: str, to_unguarded: float | None, to_twin: float | Non
         return "" if to_twin is not None and to_twin <= limit else f"ends {_percent(to_twin)} above the fault-free run"
     if to_unguarded is None:
         return ""  # the unguarded run did not end finite
-    limit = HEALTHY_LIMIT if kind == "healthy" else PLANTED_LIMIT
+    limit = HEALTHY_LIMIT if kind == "healthy" else limit
     return "" if to_unguarded <= limit else f"ends {_percent(to_unguarded)} above the unguarded run"
 
 

@@ -23,7 +23,12 @@ UNGUARDED, FAULT_FREE = "unguarded", "fault_free"
 SHIFTED, SHIFT = "fault_free_shifted", 3
 """A fault-free twin that leaves out so many batches at the onset, as a guard that skips them does. What it differs by
 from the twin is the noise of the data's order, and no harm of the fault."""
-REFERENCES = (UNGUARDED, FAULT_FREE, SHIFTED)
+NUDGED = "unguarded_nudged"
+"""An unguarded run whose weights begin one unit in the last place off: how far chaos alone moves the end of a run that
+spikes by itself. It is the sham of every remedy."""
+REFERENCES = (UNGUARDED, FAULT_FREE, SHIFTED, NUDGED)
+REFERENCES_OF = {"planted": REFERENCES[:3], "spontaneous": (UNGUARDED, NUDGED), "healthy": (UNGUARDED,)}
+"""The runs that a guarded one is compared with, by kind of specimen."""
 INTERVENTIONS = ("skip", "scale_lr", "rewind", "stop", "policy")
 """Events by which the guard changed the run."""
 TAIL = 20
@@ -82,13 +87,13 @@ def train(
     """
     import torch
 
-    from aftershock.guard.policies import POLICIES
-
     began = time.monotonic()
     length = specimen.steps if steps is None else steps
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        trial = specimen.build(seed, faulty=policy in (UNGUARDED, *POLICIES))
+        trial = specimen.build(seed, faulty=policy not in (FAULT_FREE, SHIFTED))
+        if policy == NUDGED:
+            _nudge(trial.workload)
         end = _End(trial.workload, length, specimen.onset)
         if policy in REFERENCES:
             shift = SHIFT if policy == SHIFTED else 0
@@ -111,6 +116,14 @@ def _plain(trial: Trial, end: _End, batch_of: Callable[[int], int]) -> None:
             workload.scheduler.step()
         workload.optimizer.zero_grad()
         end.after(index + 1, loss, taken=True)
+
+
+def _nudge(workload: Workload) -> None:
+    import torch
+
+    with torch.no_grad():
+        for parameter in workload.model.parameters():
+            parameter.copy_(torch.nextafter(parameter, torch.full_like(parameter, math.inf)))
 
 
 def _guarded(trial: Trial, end: _End, policy: str, settings: Mapping[str, Any]) -> None:

@@ -206,15 +206,15 @@ class Between:
         """At attach: go on, or make sure that a new run replaces no old one."""
         durable = self._around.durable
         if resume:
-            self.resume(past_stop=resume == "past_stop")
+            self._resume(past_stop=resume == "past_stop")
         elif durable is not None and (last := durable.newest()) is not None:
             raise ValueError(
                 f"{durable.folder} holds the snapshots of a run ({last.name}), which a new run would replace; pass "
                 "resume=True to go on with it, or give another folder"
             )
 
-    def resume(self, *, past_stop: bool) -> bool:
-        """Go on from the newest snapshot on disk that is intact; False when there is none."""
+    def _resume(self, *, past_stop: bool) -> None:
+        """Go on from the newest snapshot on disk that is intact, if there is one."""
         a = self._around
         assert a.durable is not None
         path, reason = a.durable.newest(), a.durable.stopped()
@@ -228,7 +228,6 @@ class Between:
             a.actions.say(
                 "stop", f"the run was stopped before: {reason}; to let it go on all the same, give resume='past_stop'"
             )
-        return path is not None
 
     def _load(self, loaded: Loaded) -> None:
         a = self._around

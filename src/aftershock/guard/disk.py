@@ -221,7 +221,7 @@ def _read_part(path: Path, rank: int) -> Snapshot:
         prefix = f"batch:{batch_id}:"
         own = {n.removeprefix(prefix): tensors.pop(n) for n in list(tensors) if n.startswith(prefix)}
         batches[int(batch_id)] = State(own, {"batch": decode(batch)})
-    rows = tuple(StepRow(row[0], row[1], *(float(value) for value in row[2:])) for row in rest["rows"])
+    rows = tuple(StepRow(*row[:2], *(float(value) for value in row[2:-1]), taken=row[-1]) for row in rest["rows"])
     own = None
     if rest["guard"] is not None:
         held = {n: tensors.pop(n) for n in list(tensors) if n.startswith("guard/")}

@@ -313,16 +313,6 @@ class Guard:
 
     # ---- coming and going
 
-    def resume(self, *, past_stop: bool = False) -> bool:
-        """Go on from the newest snapshot on disk that is intact; False, with nothing changed, when there is none.
-
-        Weights, optimizer, scheduler, scaler, extras, random numbers, the data's position and all that the guard knows
-        come back; every rank calls it, before the first step. What `Guard(..., resume=True)` does.
-        """
-        if self._durable is None:
-            raise ValueError("resume needs the snapshots that Guard(..., folder=..., save_every=...) writes")
-        return self._between.resume(past_stop=past_stop)
-
     def save(self) -> Path | None:
         """Write a snapshot now, between two steps; None when the state is not finite or the disk is full."""
         if self._durable is None:

@@ -50,7 +50,7 @@ class StepRow(NamedTuple):
     grad_norm: float
     lr: float
     update_norm: float = math.nan
-    """nan where the step was not taken."""
+    taken: bool = True
 
 
 class State(NamedTuple):

@@ -284,7 +284,8 @@ class Steps:
             self._release(finite=False)
         seen = self._seen
         if seen is not None and not self.late:
-            self._parts.recorder.note(StepRow(seen.step, seen.batch_id, seen.loss, seen.grad_norm, seen.lr))
+            row = StepRow(seen.step, seen.batch_id, seen.loss, seen.grad_norm, seen.lr, taken=False)
+            self._parts.recorder.note(row)
             self._outcome(taken=False)
         return False
 
@@ -338,7 +339,7 @@ class Steps:
         seen = seen._replace(lr=sent.lr)
         self._seen, self._ids = seen, sent.ids
         moved = math.nan if held else update
-        p.recorder.note(StepRow(seen.step, seen.batch_id, seen.loss, seen.grad_norm, seen.lr, moved))
+        p.recorder.note(StepRow(seen.step, seen.batch_id, seen.loss, seen.grad_norm, seen.lr, moved, taken=not held))
         if held and self._overflowed(seen):
             self._action = SkipStep("the GradScaler's scale overflowed and was lowered")
             p.actions.tell("skip", seen, reason=self._action.reason)

@@ -156,6 +156,15 @@ def test_a_gradient_alone_acts_only_far_out() -> None:
     assert isinstance(ladder.before_step(seen(201, batch=202, verdicts=SPIKE | LOSS, grad_norm=2.0), LIVE), SkipStep)
 
 
+def test_a_gradient_that_stays_high_with_a_calm_loss_is_taken() -> None:
+    """planted: two probes, then taken and said once, no rewind; the loss joining it is damage at once."""
+    ladder = warm(Ladder())
+    rows = [ladder.before_step(seen(200, batch=200 + i, verdicts=SPIKE, grad_norm=12.0), LIVE) for i in range(6)]
+    assert [type(row) for row in rows] == [SkipStep] * 2 + [Continue] * 4
+    assert [bool(row.reason) for row in rows] == [True, True, True, False, False, False]
+    assert isinstance(ladder.before_step(seen(204, verdicts=SPIKE | LOSS, grad_norm=12.0), LIVE), Rewind)
+
+
 def test_a_small_jump_of_the_update_is_none() -> None:
     """planted: x1.3 over a very steady update is a spike to the detector and nothing to act on."""
     ladder = warm(Ladder())

@@ -19,10 +19,14 @@ from aftershock.guard.policy import CONTINUE, Action, Continue, Live, Policy, Re
 SIGNALS = ("loss", "grad_norm", "update_norm", "lr")
 MEMORY = 33
 """Normal values of a signal whose median says what x10 is."""
+REMEMBERED = 256
+"""Steps whose loss is remembered: more than a ring of snapshots reaches back."""
 TRUST_FROM = 8
 """Values from which on that median is one."""
 FRESH_STEPS = 1
 """Accepted steps after a rewind up to which the state is the snapshot's: what is bad then is the batch."""
+NEAR = 5
+"""Steps about a snapshot whose losses say what its state makes of good data."""
 DOUBLE_STEPS = 50
 """Steps in which a capped rate may double: a jump of x30 is back at its schedule after about 250."""
 
@@ -51,7 +55,8 @@ class Ladder(Policy):
     2. Loss or gradient norm spikes before the step (a gradient alone: `alone` times its usual median): the step is
        skipped, as a probe. If the next batch is normal it was the batch; if `probe` batches in a row spike, the state
        is damaged: rewind to the newest snapshot `margin` steps before the onset, the first lead signal of this run of
-       alarms (`patience` quiet batches end a run).
+       alarms (`patience` quiet batches end a run). A gradient that stays high while the loss is calm has damaged
+       nothing: its steps are taken.
     3. The update grows `least_jump`-fold after the step and the gradient was quiet: the weights have moved: rewind at
        once. If the rate had grown as much, then after a second failure it may only double every `DOUBLE_STEPS` steps.
     4. A batch that is bad right after a rewind shows that it is the data: up to `max_fresh` of them are skipped.
@@ -97,6 +102,7 @@ class Ladder(Policy):
     _rewound: list[int] = field(default_factory=list, init=False, repr=False)
     _fresh: Fresh = field(default=Fresh(), init=False, repr=False)
     _cap: Cap = field(default=Cap(), init=False, repr=False)
+    _losses: list[tuple[int, float]] = field(default_factory=list, init=False, repr=False)
     _normal: dict[str, list[float]] = field(default_factory=lambda: {s: [] for s in SIGNALS}, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -118,10 +124,13 @@ class Ladder(Policy):
         if self._is_fresh(seen) and self._still_bad(seen):
             return self._bad_batch(seen, "loss is still high in the restored state", limit=1, margin=self.margin)
         spiking = self._spiking(seen)
+        if spiking == ["grad_norm"]:
+            return self._gradient_alone(seen)
         if spiking:
             return self._bad_batch(seen, f"{' and '.join(spiking)} spiked", limit=self.probe, margin=self.margin)
         self._run = 0
         self._learn(seen, "loss", "grad_norm")
+        self._losses = [*self._losses[-REMEMBERED + 1 :], (seen.step, seen.loss)]
         return self._capped(seen)
 
     def after_step(self, seen: Seen, live: Live) -> Action:
@@ -164,16 +173,18 @@ class Ladder(Policy):
             rewound=list(self._rewound),
             fresh=list(self._fresh),
             cap=list(self._cap),
+            losses=[list(pair) for pair in self._losses],
             normal={signal: list(values) for signal, values in self._normal.items()},
         )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         clocks = ("run", "cool_until", "ride_until", "slow_until")
-        got = unpacked(self, state, (*clocks, "onset", "quiet", "place", "rewound", "fresh", "cap", "normal"))
+        got = unpacked(self, state, (*clocks, "onset", "quiet", "place", "rewound", "fresh", "cap", "losses", "normal"))
         self._run, self._cool_until, self._ride_until, self._slow_until = (got[name] for name in clocks)
         self._rewound, self._fresh, self._cap = list(got["rewound"]), Fresh(*got["fresh"]), Cap(*got["cap"])
         self._alarms = Alarms(None if got["onset"] is None else (got["onset"][0], got["onset"][1]), got["quiet"])
         self._place = Place(*got["place"])
+        self._losses = [(step, loss) for step, loss in got["losses"]]
         self._normal = {signal: list(got["normal"][signal]) for signal in SIGNALS}
 
     def _spiking(self, seen: Seen) -> list[str]:
@@ -185,6 +196,15 @@ class Ladder(Policy):
         if found == ["grad_norm"] and seen.grad_norm < self.alone * usual:
             return []  # clipping and the moments' own memory take it, and skipping it would bias what is learnt
         return found
+
+    def _gradient_alone(self, seen: Seen) -> Action:
+        if self._run < self.probe - 1:
+            self._run += 1
+            what = f"grad_norm spiked, loss calm (batch {self._run} of {self.probe} before it is taken as it is)"
+            return self._said(SkipStep(what), seen)
+        first = self._run < self.probe
+        self._run = self.probe
+        return Continue("grad_norm stays high while the loss is calm: taken as it is" if first else "")
 
     def _is_fresh(self, seen: Seen) -> bool:
         return 0 <= seen.step - self._fresh.step <= FRESH_STEPS and self._fresh.skipped < self.max_fresh
@@ -234,9 +254,8 @@ class Ladder(Policy):
         if again:
             length = max(length, 2 * max(length, place.skipped))
         self._place = place._replace(target=target, skipped=length)
-        usual_loss, usual_rate = self._usual("loss"), self._usual("lr")
-        bad = "loss" in seen.verdicts and math.isfinite(seen.loss) and usual_loss < seen.loss
-        self._fresh = Fresh(target, 0, (usual_loss + seen.loss) / 2 if bad else math.inf)
+        usual_rate = self._usual("lr")
+        self._fresh = Fresh(target, 0, self._bar(seen, target))
         rewind = Rewind(target, (batch, batch + length), f"{reason}; onset at step {step}")
         if not again:
             return rewind
@@ -245,6 +264,14 @@ class Ladder(Policy):
         slow = self.lr_steps + max(0, seen.step - target)
         self._slow_until = target + slow + self.rewarm
         return rewind._replace(lr_factor=factor, lr_steps=slow, rewarm=self.rewarm)
+
+    def _bar(self, seen: Seen, target: int) -> float:
+        """Half way from the loss that the snapshot had to the one that is bad; infinite where it is no higher."""
+        then = [loss for step, loss in self._losses if abs(step - target) <= NEAR]
+        if "loss" not in seen.verdicts or not math.isfinite(seen.loss) or not then:
+            return math.inf
+        expected = statistics.median(then)
+        return (expected + seen.loss) / 2 if expected < seen.loss else math.inf
 
     def _ride(self, seen: Seen, steps: int) -> None:
         self._run, self._ride_until = 0, seen.step + steps
