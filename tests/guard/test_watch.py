@@ -56,7 +56,7 @@ def test_a_rewind_keeps_the_baseline_and_forgets_what_moved() -> None:
 
 def test_settings() -> None:
     """contract: a threshold for all, a rule for one; a signal that is not there is an error."""
-    assert _fed(threshold=1000.0).judge(200, {"loss": 9.0}).verdicts == {}
+    assert _fed(threshold=1000.0).judge(200, {"loss": 5.0}).verdicts == {}
     assert Watch(rules={"loss": Robust(arm_after=4)}).judge(0, {"loss": 1.0}).verdicts == {}
     with pytest.raises(ValueError, match="no signal 'lss'"):
         Watch(rules={"lss": Robust()})

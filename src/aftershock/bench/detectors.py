@@ -43,6 +43,26 @@ from aftershock.store.environment import describe_environment
 COMMAND = "aftershock bench detectors --rerun"
 
 
+class Halves(NamedTuple):
+    """Seeds on which settings are chosen, and seeds of which numbers are reported."""
+
+    tuning: tuple[int, ...]
+    scoring: tuple[int, ...]
+
+
+def halves(num_seeds: int | None) -> Halves:
+    """The first of either half, `num_seeds` in all; None: all ten. Raises ValueError for an odd or impossible number.
+
+    >>> halves(4)
+    Halves(tuning=(0, 2), scoring=(1, 3))
+    """
+    if num_seeds is None:
+        return Halves(TUNING_SEEDS, SCORING_SEEDS)
+    if num_seeds % 2 or not 2 <= num_seeds <= 10:
+        raise ValueError(f"--seeds must be an even number from 2 to 10, half of them for tuning, got {num_seeds}")
+    return Halves(TUNING_SEEDS[: num_seeds // 2], SCORING_SEEDS[: num_seeds // 2])
+
+
 class Phases(NamedTuple):
     """Whom to tell of progress in training the corpus and in running the detectors over it."""
 
@@ -117,7 +137,7 @@ def make_record(tuning: Half, held: Half, *, tuning_seeds: Sequence[int], scorin
         versions={name: version for name, version in here["versions"].items() if version is not None},
         machine={key: here[key] for key in ("platform", "cpu", "cores", "python")},
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-        command=COMMAND,
+        command=COMMAND + (f" --seeds {count}" if (count := len(tuning_seeds) + len(scoring_seeds)) < 10 else ""),
     )
 
 

@@ -42,9 +42,8 @@ def run_study(
 ) -> Study:
     """Train what is missing of the grid in `folder`, judge it, and sum it up.
 
-    Without `policies` and `seeds` the reduced grid (see `survival`); else each of `policies` ("all": every one that
-    needs no settings; by default the default one) on each specimen with the first `seeds` (5) seeds, scoring ones
-    before the others.
+    Without `policies` the reduced grid (see `survival`); else each of them ("all": every one that needs no settings) on
+    each specimen; both with the first `seeds` (5) seeds, scoring ones before the others.
 
     Raises ValueError on an unknown name and on a number of seeds that is not 1 to 10, before anything is trained.
     """
@@ -52,10 +51,8 @@ def run_study(
 
     chosen = [specimen(name) for name in (specimens or tuple(ZOO))]
     kinds = {one.name: one.kind for one in chosen}
-    if policies or seeds is not None:
-        jobs = full_grid(kinds, known_policies(policies), _first(5 if seeds is None else seeds))
-    else:
-        jobs = reduced_grid(kinds)
+    drawn = _first(5 if seeds is None else seeds)
+    jobs = full_grid(kinds, known_policies(policies), drawn) if policies else reduced_grid(kinds, drawn)
     runs = train_missing(folder, jobs, processes=processes, on_progress=on_progress)
     judged = judge(runs, kinds=kinds, onsets={one.name: one.onset for one in chosen})
     here = describe_environment()
@@ -68,7 +65,7 @@ def run_study(
         versions={name: version for name, version in here["versions"].items() if version is not None},
         machine={key: here[key] for key in ("platform", "cpu", "cores", "python")},
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-        command=COMMAND,
+        command=COMMAND + ("" if seeds is None else f" --seeds {seeds}"),
     )
 
 

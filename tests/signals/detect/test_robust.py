@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -208,3 +209,18 @@ def test_drop_marks_the_end_of_a_spike_not_a_jump() -> None:
 def test_wrong_settings(settings: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Robust(**settings)
+
+
+def test_a_run_that_spikes_often_still_spikes() -> None:
+    """planted: spikes of x1.8 every 8 steps widen sigma; three times the loss is named all the same, by its role."""
+    rng = random.Random(3)
+    values = [rng.gauss(1.0, 0.02) * (1.8 if t % 8 < 2 else 1.0) for t in range(400)] + [3.3]
+    assert verdicts(Robust(threshold=24.0), values)[-1] == "ok"
+    assert verdicts(replace(robust_for("loss"), threshold=24.0), values)[-1] == "spike"
+
+
+def test_norms_do_not_drift_and_logits_do() -> None:
+    """planted: a gradient norm that doubles over 2,000 steps is healthy; a logit that does is growth."""
+    values = [value * (1 + t / 2000) for t, value in enumerate(_noise(2000, level=1.0, sigma=0.01))]
+    assert "drift" not in verdicts(robust_for("gradient"), values)
+    assert "drift" in verdicts(robust_for("logit"), values)

@@ -60,8 +60,8 @@ class Robust(Rule[RobustState]):
     With x = log(value) while no value was negative (`domain`), line(t) through the medians of the two halves of the
     last `window` accepted x, and sigma = max(1.4826 MAD, q90 / 1.28, `floor`) of the residuals:
     *spike* when x - line > `threshold` (1 + 8 / n) sigma, n the size of the baseline; a falling line is not
-    extrapolated, so a curve that flattens is no spike. In the log domain a value `sure_ratio` times the line is a spike
-    whatever sigma says (a run that spikes often has a wide one), and a value below `least` never is.
+    extrapolated, so a curve that flattens is no spike. In the log domain the 90 % quantile does not lift the limit above
+    `sure_ratio` times the line, only the MAD does: a run that spikes often has a wide tail about a calm core.
     *shift* after `shift_after` spikes in a row that keep one height, or `shift_cap` at any height: the baseline moves.
     Within a row, values above half the limit count too.
     *jump* after `jump_after` values in a row below the line by `jump_threshold` (1 + 8 / n) sigma: the baseline moves.
@@ -86,7 +86,6 @@ class Robust(Rule[RobustState]):
     drift_limit: float = 64.0
     floor: float = 0.002
     sure_ratio: float = math.inf
-    least: float = 0.0
     drift_floor: float = 0.02
     better: Literal["lower", "higher", "neither"] = "lower"
     domain: Literal["auto", "linear"] = "auto"
@@ -99,8 +98,6 @@ class Robust(Rule[RobustState]):
             raise ValueError(f"robust detector: drift_limit must be positive (inf: never), got {self.drift_limit}")
         if not self.sure_ratio > 1:
             raise ValueError(f"robust detector: sure_ratio must be above 1 (inf: none), got {self.sure_ratio}")
-        if not 0 <= self.least < math.inf:
-            raise ValueError(f"robust detector: least must be 0 or a positive number, got {self.least}")
         for name, least in (("window", 32), ("delay", 0), ("block", 1), ("arm_after", 4), ("jump_after", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"robust detector: {name} must be at least {least}, got {getattr(self, name)}")
@@ -200,12 +197,13 @@ class Robust(Rule[RobustState]):
             rest = sorted([x - first - slope * i for i, x in enumerate(history)])
         mad = median(sorted([abs(x) for x in rest]))
         unit = 1.0 if state.log else abs(level)
-        sigma = max(MAD_TO_SIGMA * mad, Q90_TO_SIGMA * rest[(9 * n) // 10], self.floor * unit, 1e-300)
+        core = max(MAD_TO_SIGMA * mad, self.floor * unit, 1e-300)
+        sigma = max(core, Q90_TO_SIGMA * rest[(9 * n) // 10])
         wide = 1 + 8 / n  # few values know little of their spread
         ahead = level + slope * reach if slope > 0 else level
         limit = self.threshold * wide * sigma
         if state.log:
-            limit = max(min(limit, math.log(self.sure_ratio)), math.log(self.least) - ahead if self.least > 0 else 0.0)
+            limit = min(limit, max(self.threshold * wide * core, math.log(self.sure_ratio)))
         new = state._replace(
             level=ahead,
             slope=slope,
@@ -255,9 +253,13 @@ def robust_for(role: Role) -> Robust:
     """The settings for a signal of this role.
 
     Norms and the like have no better side: they never jump. Accuracies are better high, and one percent is their grain.
+    Only losses, accuracies, logits and log Z drift: gradients and updates grow slowly in many a healthy run. Against a
+    calm core three times the usual loss is a spike in most definitions in use, and ten times the usual update in all.
     """
     if role == "accuracy":
         return Robust(better="higher", floor=0.01)
     if role == "loss":
-        return Robust()
-    return Robust(better="neither", drift_floor=0.05)
+        return Robust(sure_ratio=3.0)
+    if role in ("logit", "log_z"):
+        return Robust(better="neither", drift_floor=0.05)
+    return Robust(better="neither", drift_limit=math.inf, sure_ratio=10.0 if role == "update" else math.inf)
