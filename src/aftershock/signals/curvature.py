@@ -23,6 +23,10 @@ RELATIVE_STEP = 1e-3
 """Central differences move this share of |theta|: near eps^(1/3) of float32, where rounding and truncation balance."""
 
 
+class NoCurvature(ValueError):
+    """The loss is not finite, at the point itself or a step away from it."""
+
+
 class Curvature(NamedTuple):
     """`value` = curvature, unit loss per (preconditioned) length squared; `edge_share` = value eta / 2, above 1 beyond
     the edge of stability; `momentum_edge_share`: against the edge with momentum; `loss`, `grad_norm` at the point."""
@@ -178,7 +182,7 @@ class _Problem:
             found = torch.autograd.grad(value, self.params, create_graph=create_graph, allow_unused=True)
         value = value.detach()
         if not bool(torch.isfinite(value)):
-            raise ValueError(f"loss() is {value.item()}: a loss that is not finite has no curvature")
+            raise NoCurvature(f"loss() is {value.item()}: a loss that is not finite has no curvature")
         return value.detach(), [
             torch.zeros_like(p) if g is None else g for p, g in zip(self.params, found, strict=True)
         ]

@@ -6,6 +6,7 @@ Must not import a specimen: whoever asks brings it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +18,9 @@ from torch import Tensor, nn
 from aftershock.lab.zoo.labels import label
 from aftershock.lab.zoo.nets import ByteLM
 from aftershock.lab.zoo.specimen import Specimen, Trial
-from aftershock.signals.curvature import Method, directional_curvature
+from aftershock.signals.curvature import Method, NoCurvature, directional_curvature
 from aftershock.signals.tap import TensorTap
 from aftershock.signals.tensors import Stat
-from aftershock.signals.untouched import untouched
 from aftershock.store.writer import RunWriter
 from aftershock.workload import Workload
 
@@ -176,9 +176,7 @@ class _Curvature:
         model, optimizer = self._workload.model, self._workload.optimizer
         batch = next(self._workload.micro_batches(index))
         value = math.nan
-        with untouched(model, evaluate=False), torch.no_grad():
-            finite = bool(self._workload.loss(model, batch).isfinite())
-        if finite:
+        with contextlib.suppress(NoCurvature):
             found = directional_curvature(
                 model,
                 lambda: self._workload.loss(model, batch),

@@ -60,8 +60,8 @@ class Robust(Rule[RobustState]):
     With x = log(value) while no value was negative (`domain`), line(t) through the medians of the two halves of the
     last `window` accepted x, and sigma = max(1.4826 MAD, q90 / 1.28, `floor`) of the residuals:
     *spike* when x - line > `threshold` (1 + 8 / n) sigma, n the size of the baseline; a falling line is not
-    extrapolated, so a curve that flattens is no spike. In the log domain the 90 % quantile does not lift the limit above
-    `sure_ratio` times the line, only the MAD does: a run that spikes often has a wide tail about a calm core.
+    extrapolated, so a curve that flattens is no spike. In the log domain the 90 % quantile does not lift the limit
+    above `sure_ratio` times the line, only the MAD does: a run that spikes often has a wide tail on a calm core.
     *shift* after `shift_after` spikes in a row that keep one height, or `shift_cap` at any height: the baseline moves.
     Within a row, values above half the limit count too.
     *jump* after `jump_after` values in a row below the line by `jump_threshold` (1 + 8 / n) sigma: the baseline moves.
