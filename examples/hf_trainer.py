@@ -38,4 +38,4 @@ trainer = Trainer(
     callbacks=[guard],
 )
 trainer.train()
-print(guard.guard.report())  # noqa: T201 - what an example is for
+print(guard.guard.report())

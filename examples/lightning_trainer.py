@@ -41,4 +41,4 @@ text = torch.tensor(list(inspect.getsource(argparse).encode()[: 100 * 8 * 32])).
 guard = GuardCallback()  # mode="restart" together with guarded_fit takes the data back as well
 trainer = Trainer(max_epochs=1, accelerator="cpu", callbacks=[guard], logger=False, enable_checkpointing=False)
 trainer.fit(Bytes(), DataLoader(TensorDataset(text), batch_size=8, shuffle=True))
-print(guard.guard.report())  # noqa: T201 - what an example is for
+print(guard.guard.report())

@@ -27,4 +27,4 @@ for i, batch in enumerate(guard.batches(list(text))):
     loss.backward()
     guard.step(loss)
 guard.close()
-print(guard.report())  # noqa: T201 - what an example is for
+print(guard.report())

@@ -144,10 +144,10 @@ def test_hugging_face_models_eager_and_sdpa_agree(family: str) -> None:
     """equivalence: random weights from a config; both kernels, and the attention weights the eager model returns."""
     import transformers  # pyright: ignore[reportMissingImports]
 
-    size = {"vocab_size": 31, "max_position_embeddings": 16}
     if family == "llama":
         config = transformers.LlamaConfig(
-            **size,
+            vocab_size=31,
+            max_position_embeddings=16,
             hidden_size=16,
             intermediate_size=32,
             num_hidden_layers=2,
