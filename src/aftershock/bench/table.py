@@ -137,3 +137,20 @@ def legend(record: Record) -> str:
 
 def _listed(seeds: list[int]) -> str:
     return ", ".join(map(str, seeds))
+
+
+def markdown(record: Record) -> str:
+    """The docs' section: the headline, each detector at its best set-up, how to read it, and where ours loses."""
+    titles = ("detector", "signals", "area [95 %]", "recall", "precision", "false", "onset", "peak", "BLOOM")
+    lines = [headline(record), "", f"| {' | '.join(titles)} |", "|---|---|" + "--:|" * (len(titles) - 2)]
+    best: dict[str, Row] = {row.detector: row for row in ordered_rows(record) if row.setup != "default"}
+    for row in best.values():
+        cells = (
+            *(row.detector, signals_text(row), span_text(row.area[1], row.area_span)),
+            *(figure_text(value) for value in (row.recall[1], row.precision[1])),
+            *(figure_text(value, 1) for value in (row.false_rate, row.lead_onset, row.lead_peak)),
+            bloom_text(record.traits[row.detector].bloom),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    losses = [f"- {sentence}" for sentence in standing(record).behind]
+    return "\n".join([*lines, "", legend(record), "", "Where ours loses:", "", *losses]) + "\n"
