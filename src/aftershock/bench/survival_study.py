@@ -65,7 +65,13 @@ def run_study(
         versions={name: version for name, version in here["versions"].items() if version is not None},
         machine={key: here[key] for key in ("platform", "cpu", "cores", "python")},
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-        command=COMMAND + ("" if seeds is None else f" --seeds {seeds}"),
+        command=" ".join(
+            [
+                COMMAND,
+                *(("--policies", *policies) if policies else ()),
+                *(() if seeds is None else ("--seeds", str(seeds))),
+            ]
+        ),
     )
 
 
