@@ -90,9 +90,9 @@ def test_a_gradient_that_is_not_finite_is_never_taken(kit: Any, name: str, value
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_state_that_stays_broken_ends_the_run(kit: Any, name: str) -> None:
-    """contract: never a loop: 60 batches with a NaN in each."""
+    """contract: never a loop: a hundred batches with a NaN in each."""
     one, loop = build(name), kit.Loop()
-    for batch in range(60):
+    for batch in range(100):
         loop.run(one, 1, fault=kit.poison(batch, float("nan")))
         if isinstance(loop.actions[-1], Stop):
             break

@@ -25,6 +25,8 @@ TRUST_FROM = 8
 """Values from which on that median is one."""
 FRESH_STEPS = 1
 """Accepted steps after a rewind up to which the state is the snapshot's: what is bad then is the batch."""
+FRESH_BROKEN = 30
+"""Batches that may be skipped for not being finite in a restored state: beyond that it is no stretch of bad data."""
 NEAR = 5
 """Steps about a snapshot whose losses say what its state makes of good data."""
 DOUBLE_STEPS = 50
@@ -59,7 +61,8 @@ class Ladder(Policy):
        nothing: its steps are taken.
     3. The update grows `least_jump`-fold after the step and the gradient was quiet: the weights have moved: rewind at
        once. If the rate had grown as much, then after a second failure it may only double every `DOUBLE_STEPS` steps.
-    4. A batch that is bad right after a rewind shows that it is the data: up to `max_fresh` of them are skipped.
+    4. A batch that is bad right after a rewind shows that it is the data: up to `max_fresh` of them are skipped, 30
+       that are not finite.
     5. A second failure before the run got `place` steps beyond the first: further back, twice the skipped range, rates
        times `lr_factor` (in case 3 at most 1 / the factor by which rate or update jumped) up to `lr_steps` steps after
        the failure, re-warmed over `rewarm`. Failure number `attempts` at one place: with `exhausted="stop"` the end.
@@ -216,7 +219,7 @@ class Ladder(Policy):
     def _bad_batch(self, seen: Seen, what: str, *, limit: int, margin: int) -> Action:
         """Skip it; the last of `limit` in a row shows that it is not the batch, unless the state is just restored."""
         self._run += 1
-        if self._is_fresh(seen):
+        if self._is_fresh(seen) and (is_finite(seen) or self._fresh.skipped < FRESH_BROKEN):
             self._fresh = self._fresh._replace(skipped=self._fresh.skipped + 1)
             return self._said(SkipStep(f"{what}: it is the data (batch {self._fresh.skipped} after the rewind)"), seen)
         if self._run < limit:
