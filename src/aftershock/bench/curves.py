@@ -12,12 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from aftershock.bench.scoring import LEADS, Tally, Target, catchable
+from aftershock.bench.scoring import BUDGET, LEADS, Tally, Target, catchable
 
 FALSE_PER = 10_000
 """Healthy steps to which false alarms are scaled."""
-BUDGET = 1.0
-"""False alarms per 10,000 healthy steps that a usable setting may have."""
 SAMPLES = 1000
 """Bootstrap samples: the ends of a 95 % interval then rest on 25 samples each."""
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from aftershock.store.environment import in_checkout
 from aftershock.store.folder import atomic_write
 
 NAME = "detectors.json"
@@ -133,10 +134,8 @@ def parse_record(data: Mapping[str, Any]) -> Record:
 
 
 def checkout_folder() -> Path | None:
-    """Where the package's record lies when it runs from a source checkout; None when it is installed elsewhere."""
-    package = Path(__file__).resolve().parents[1]
-    in_checkout = package.parent.name == "src" and (package.parents[1] / "pyproject.toml").is_file()
-    return package / "bench" / "records" if in_checkout else None
+    """Where the package's records lie when it runs from a source checkout; None when it is installed elsewhere."""
+    return in_checkout("bench/records")
 
 
 def rounded(value: float) -> float | None:

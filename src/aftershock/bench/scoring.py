@@ -30,6 +30,8 @@ GRACE = 32
 """Steps after the end in which an alarm still speaks of the same spike."""
 REFRACTORY = 16
 """Steps for which an alarm stands. At most half the horizon, so that an alarm that goes on is always seen in it."""
+BUDGET = 1.0
+"""False alarms per 10,000 healthy steps that a usable setting may have."""
 LEADS = (0, 1, 2, 4, 8)
 """The k of "at lead >= k", in steps before the peak."""
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from aftershock.bench.survival import DEFAULT
 from aftershock.bench.survival_record import ALL, Row, Study
+from aftershock.bench.table import wide_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -110,11 +111,10 @@ def _line(*texts: str) -> str:
 
 def print_study(study: Study, *, console: Console | None = None) -> None:
     """The headline, the policies, the default policy by specimen, and why runs did not survive."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    out = Console() if console is None else console
+    out = wide_console() if console is None else console
     out.print(Text(headline(study), "bold"))
     by_policy = [
         (policy, kind, row)
@@ -129,9 +129,9 @@ def print_study(study: Study, *, console: Console | None = None) -> None:
     ):
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         for title in titles:
-            table.add_column(title, overflow="fold")
+            table.add_column(title, no_wrap=True)
         for title in COLUMNS:
-            table.add_column(title, justify="right", no_wrap=True)
+            table.add_column(title, justify="right")
         for first, second, row in rows:
             table.add_row(Text(first), Text(second), *map(Text, cells(row)))
         out.print(table)

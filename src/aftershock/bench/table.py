@@ -24,6 +24,8 @@ SHORT = {
     "curvature/all/directional": "curvature",
 }
 """Signals as the table names them."""
+PIPE_WIDTH = 160
+"""Columns of a pipe or a file, which has no width of its own: the tables fit."""
 MANY = 3
 """Signals from which on their number is shown."""
 
@@ -76,16 +78,24 @@ def record_json(record: Record) -> str:
     return json.dumps(data, indent=1, allow_nan=False)
 
 
+def wide_console() -> Console:
+    """The terminal as it is; a pipe or a file as wide as the tables are."""
+    from rich.console import Console
+
+    out = Console()
+    return out if out.is_terminal else Console(width=PIPE_WIDTH)
+
+
 def print_record(record: Record, *, console: Console | None = None) -> None:
     """The headline, the table, the recorded spikes, and where ours stands."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    out = Console() if console is None else console
+    out = wide_console() if console is None else console
     out.print(Text(headline(record), "bold"))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for title in ("detector", "set-up", "signals"):
+    table.add_column("detector", no_wrap=True)
+    for title in ("set-up", "signals"):
         table.add_column(title, overflow="fold")
     for title in ("area [95 %]", "recall", "precision", "false", "onset", "peak", "us", "BLOOM"):
         table.add_column(title, justify="right", no_wrap=True)

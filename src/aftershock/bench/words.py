@@ -9,10 +9,9 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from aftershock.bench.records import Record, Row, Span
+from aftershock.bench.scoring import BUDGET
 from aftershock.signals.detect.registry import OURS
 
-BUDGET = 1.0
-"""False alarms per 10,000 healthy steps, as in `curves`, which needs numpy."""
 BUDGET_US = 5.0
 """Microseconds an update may take."""
 

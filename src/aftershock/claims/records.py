@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aftershock.claims.claim import Record
+from aftershock.store.environment import in_checkout
 
 SUFFIX = ".json"
 
@@ -24,9 +25,7 @@ def record_name(claim_id: str, version: int) -> str:
 
 def checkout_folder() -> Path | None:
     """Where the package's records lie when it runs from a source checkout; None when it is installed elsewhere."""
-    package = Path(__file__).resolve().parents[1]
-    in_checkout = package.parent.name == "src" and (package.parents[1] / "pyproject.toml").is_file()
-    return package / "claims" / "records" if in_checkout else None
+    return in_checkout("claims/records")
 
 
 def write_record(folder: Path, record: Record) -> Path:

@@ -8,7 +8,7 @@ Must not import the guard.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +21,6 @@ from aftershock.guard.rates import put_on, take_off
 from aftershock.guard.state import StepRow
 from aftershock.guard.undo import Undo, stamp
 from aftershock.signals.reader import LateReader
-
-if TYPE_CHECKING:
-    pass
 
 OVERFLOWS = 24
 """Overflows in a row that are a GradScaler's own business: from its first scale, 2^16, so many bring it below 1."""
@@ -146,13 +143,13 @@ class Steps:
         if self._sent is not None:
             self._judge_late()
 
-    def loaded(self, overflows: int = 0) -> None:
-        """The run's state was loaded from outside: what the scheduler counts now is right."""
-        self._schedule.accept()
+    def loaded(self, overflows: int) -> None:
+        """The run's state was loaded from outside, with so many overflows in a row."""
+        self.put_back()
         self._overflows = overflows
 
     def put_back(self) -> None:
-        """The run is again where it was: what the scheduler counts now is right."""
+        """The run is where it was at another time: what the scheduler counts now is right."""
         self._schedule.accept()
 
     @property

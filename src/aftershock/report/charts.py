@@ -113,7 +113,7 @@ def sensitivity_panel(numbers: Mapping[str, Any]) -> Panel | None:
             if g["interval"] is not None
         )
         marks = tuple(
-            Mark(title=f"{g['size']} {arm}: {g['lr_sensitivity']:.3f}", failed=False, path=_symbol(index, x, y))
+            Mark(title=f"{g['size']} {arm}: {g['lr_sensitivity']:.3f}", failed=False, path=symbol_at(index, x, y))
             for (x, y), g in zip(spots, own, strict=True)
         )
         lines.append(Line(arm=arm, index=index, path=_path(spots), band=whiskers, marks=marks))
@@ -149,13 +149,13 @@ def _loss_line(group: Mapping[str, Any], numbers: Mapping[str, Any], index: int,
         step = "" if run["diverged_step"] is None else f" at step {run['diverged_step']}"
         what = f"diverged{step}" if diverged else f"loss {loss(run['final_loss'])}"
         title = f"{run['size']}, {run['arm']}, rate {rate(run['lr'])}, seed {run['seed']}: {what}"
-        path = f"M{x - 3.6:.1f} {y - 3.6:.1f}l7.2 7.2m0-7.2l-7.2 7.2" if diverged else _symbol(index, x, y)
+        path = f"M{x - 3.6:.1f} {y - 3.6:.1f}l7.2 7.2m0-7.2l-7.2 7.2" if diverged else symbol_at(index, x, y)
         marks.append(Mark(title=title, failed=diverged, path=path))
     band = f"{_path([*upper, *reversed(lower)])}Z" if len(known) > 1 else ""
     return Line(arm=group["arm"], index=index, path=_path(spots), band=band, marks=tuple(marks))
 
 
-def _symbol(index: int, x: float, y: float) -> str:
+def symbol_at(index: int, x: float, y: float) -> str:
     """Circle, square, triangle, diamond: arms stay apart without colour."""
     shapes = (
         f"M{x - 3.4:.1f} {y:.1f}a3.4 3.4 0 1 0 6.8 0a3.4 3.4 0 1 0-6.8 0Z",
@@ -168,7 +168,7 @@ def _symbol(index: int, x: float, y: float) -> str:
 
 def symbol(index: int) -> str:
     """The arm's mark for the legend, centred in a 26 x 12 box."""
-    return _symbol(index, 13, 6)
+    return symbol_at(index, 13, 6)
 
 
 def _path(spots: Sequence[tuple[float, float]]) -> str:

@@ -5,7 +5,6 @@ Drawn from the record alone, which it repeats in `script#numbers`. jinja2 is imp
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from aftershock._version import __version__
 from aftershock.bench import table
 from aftershock.bench.records import Record, Row
 from aftershock.bench.words import best_row, headline, standing
-from aftershock.report import charts, words
+from aftershock.report import charts, paper, words
 from aftershock.report.charts import Line, Mark, Panel, Tick
 from aftershock.signals.detect.registry import OURS
 
@@ -28,28 +27,12 @@ def write_detectors_page(record: Record, folder: str | Path) -> Path:
     Example:
         path = write_detectors_page(read_record(), "out/bench")
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / NAME
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(render_detectors(record), encoding="ascii")
-    partial.replace(path)
-    return path
+    return paper.write_whole(Path(folder) / NAME, render_detectors(record))
 
 
 def render_detectors(record: Record) -> str:
     """The page as ASCII HTML."""
-    import jinja2
-    from markupsafe import Markup
-
-    home = resources.files("aftershock.report")
-    env = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: (home / "templates" / name).read_text(encoding="utf-8")),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    env = paper.environment()
     for name in ("signals_text", "nan_text", "bloom_text", "figure_text", "span_text"):
         env.filters[name] = getattr(table, name)
     # The shared file of chart macros names these filters, in macros that this page does not call.
@@ -70,12 +53,11 @@ def render_detectors(record: Record) -> str:
         drawn=drawn,
         arms=[{"arm": row.detector, "settings": {}} for row in drawn],
         symbols=[charts.symbol(index) for index in range(len(drawn))],
-        # Inside <script> only "</" and "<!--" could end the JSON early; \\u003c is the same string to a JSON parser.
-        json=Markup(table.record_json(record).replace("<", "\\u003c")),
+        json=paper.embedded(table.record_json(record)),
         version=__version__,
-        style=Markup((home / "templates/style.css").read_text(encoding="utf-8")),
+        style=paper.asset("templates/style.css"),
     )
-    return page.encode("ascii", "xmlcharrefreplace").decode("ascii")
+    return paper.ascii_html(page)
 
 
 def drawn_rows(record: Record) -> list[Row]:
@@ -121,7 +103,7 @@ def _mark(row: Row, index: int, place: int, point: Any) -> Mark:
         f"{row.detector}, threshold {point.threshold:g}: recall {recall:.2f}, precision {precision:.2f}, "
         f"{point.false_rate:.2g} false alarms per 10,000"
     )
-    return Mark(title=title, failed=False, path=charts._symbol(index, _x(recall), _y(precision)))
+    return Mark(title=title, failed=False, path=charts.symbol_at(index, _x(recall), _y(precision)))
 
 
 def _x(share: float) -> float:

@@ -10,13 +10,12 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from importlib import resources
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from aftershock._version import __version__
-from aftershock.report import charts, words
+from aftershock.report import charts, paper, words
 from aftershock.report.numbers import study_numbers
 
 LOGIT_FLOOR, LOGIT_CEILING = 10.0, 1e4
@@ -56,23 +55,13 @@ def write_report(
         from aftershock.report.figures import write_figures
 
         drawn = write_figures(numbers, folder / "figures")
-    html = _replace(folder / "report.html", render_page(numbers, text))
-    return ReportPaths(html=html, json=_replace(folder / "report.json", text), figures=drawn)
+    html = paper.write_whole(folder / "report.html", render_page(numbers, text))
+    return ReportPaths(html=html, json=paper.write_whole(folder / "report.json", text), figures=drawn)
 
 
 def render_page(numbers: Mapping[str, Any], text: str) -> str:
     """The whole page as ASCII HTML. `text` is `numbers` as JSON, which the page carries unchanged."""
-    import jinja2
-    from markupsafe import Markup
-
-    home = resources.files("aftershock.report")
-    env = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: (home / "templates" / name).read_text(encoding="utf-8")),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    env = paper.environment()
     for name in ("rate", "number", "loss", "count", "duration"):
         env.filters[name] = getattr(words, name)
     env.filters["setting"] = _setting
@@ -83,13 +72,9 @@ def render_page(numbers: Mapping[str, Any], text: str) -> str:
         width=charts.WIDTH, height=charts.HEIGHT, left=charts.LEFT, right=charts.RIGHT, bottom=charts.BOTTOM
     )
 
-    def read(path: str) -> Markup:
-        return Markup((home / path).read_text(encoding="utf-8"))
-
     page = env.get_template("page.html.j2").render(
         n=numbers,
-        # Inside <script> only "</" and "<!--" could end the JSON early; \\u003c is the same string to a JSON parser.
-        json=Markup(text.replace("<", "\\u003c")),
+        json=paper.embedded(text),
         version=__version__,
         facts=_facts(numbers),
         columns=_COLUMNS,
@@ -99,13 +84,13 @@ def render_page(numbers: Mapping[str, Any], text: str) -> str:
         arm_index={arm["arm"]: i for i, arm in enumerate(numbers["arms"])},
         points={(g["size"], g["arm"]): {p["lr"]: p for p in g["points"]} for g in numbers["groups"]},
         has_logits=any(run["peak_logit"] is not None for run in numbers["runs"]),
-        style=read("templates/style.css"),
-        curves_js=read("templates/curves.js"),
-        tables_js=read("templates/tables.js"),
-        uplot_js=read("vendor/uplot.min.js"),
-        uplot_css=read("vendor/uplot.min.css"),
+        style=paper.asset("templates/style.css"),
+        curves_js=paper.asset("templates/curves.js"),
+        tables_js=paper.asset("templates/tables.js"),
+        uplot_js=paper.asset("vendor/uplot.min.js"),
+        uplot_css=paper.asset("vendor/uplot.min.css"),
     )
-    return page.encode("ascii", "xmlcharrefreplace").decode("ascii")
+    return paper.ascii_html(page)
 
 
 class _Column(NamedTuple):

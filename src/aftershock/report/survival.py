@@ -5,13 +5,13 @@ Drawn from the record alone, which it repeats in `script#numbers`. jinja2 is imp
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
 from aftershock._version import __version__
 from aftershock.bench import survival_table as table
 from aftershock.bench.survival import DEFAULT
 from aftershock.bench.survival_record import KINDS, Row, Study, study_json
+from aftershock.report import paper
 
 NAME = "guard.html"
 
@@ -22,28 +22,12 @@ def write_survival_page(study: Study, folder: str | Path) -> Path:
     Example:
         path = write_survival_page(read_study(), "out/bench")
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / NAME
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(render_survival(study), encoding="ascii")
-    partial.replace(path)
-    return path
+    return paper.write_whole(Path(folder) / NAME, render_survival(study))
 
 
 def render_survival(study: Study) -> str:
     """The page as ASCII HTML."""
-    import jinja2
-    from markupsafe import Markup
-
-    home = resources.files("aftershock.report") / "templates"
-    env = jinja2.Environment(
-        loader=jinja2.FunctionLoader(lambda name: (home / name).read_text(encoding="utf-8")),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    env = paper.environment()
     page = env.get_template("survival.html.j2").render(
         study=study,
         headline=table.headline(study),
@@ -54,12 +38,11 @@ def render_survival(study: Study) -> str:
         specimens=table.specimens_of(study, DEFAULT),
         other_half=table.specimens_of(study, DEFAULT, half="tuning"),
         default=DEFAULT,
-        # Inside <script> only "</" and "<!--" could end the JSON early; \\u003c is the same string to a JSON parser.
-        json=Markup(study_json(study).replace("<", "\\u003c")),
+        json=paper.embedded(study_json(study)),
         version=__version__,
-        style=Markup((home / "style.css").read_text(encoding="utf-8")),
+        style=paper.asset("templates/style.css"),
     )
-    return page.encode("ascii", "xmlcharrefreplace").decode("ascii")
+    return paper.ascii_html(page)
 
 
 def _by_policy(study: Study) -> list[Row]:

@@ -37,6 +37,13 @@ def describe_environment() -> dict[str, Any]:
     } | _torch_state()
 
 
+def in_checkout(path: str) -> Path | None:
+    """`path` within the package when it runs from a source checkout; None when it is installed elsewhere."""
+    package = Path(__file__).resolve().parents[1]
+    is_checkout = package.parent.name == "src" and (package.parents[1] / "pyproject.toml").is_file()
+    return package / path if is_checkout else None
+
+
 def git_commit(folder: Path) -> str | None:
     """The commit checked out in the git work tree around `folder`, read from its files; None when there is none."""
     try:

@@ -11,17 +11,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from aftershock.guard.adapters import needed
-from aftershock.guard.adapters.seat import Clock, Seat, check_settings, log
-from aftershock.guard.guard import SKIPS, Guard
+from aftershock.guard.adapters.seat import Clock, Seat, Seated, check_settings, log
+from aftershock.guard.guard import SKIPS
 from aftershock.guard.hooks import loss_of
-from aftershock.guard.policy import Rewind, Stop
+from aftershock.guard.policy import Stop
 from aftershock.guard.skiplist import SkipList
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ SAID = {
 }
 
 
-class GuardCallback(TrainerCallback):
+class GuardCallback(Seated, TrainerCallback):
     """Guards `Trainer.train()`: skips and rewinds, or stops for a restart; `settings` are those of `Guard`.
 
     - `mode`: "in_place": weights, optimizer and schedule go back, data and `global_step` go on. "restart": training
@@ -55,6 +55,8 @@ class GuardCallback(TrainerCallback):
         trainer.train()
     """
 
+    _begins: ClassVar[str] = "Trainer.train()"
+
     def __init__(self, *, mode: Literal["in_place", "restart"] = "in_place", **settings: Any) -> None:
         check_settings(settings, "Trainer")
         if mode not in SAID:
@@ -69,23 +71,6 @@ class GuardCallback(TrainerCallback):
         self._summed = self._told_no_loss = False
         self._coming: tuple[Path | None, Mapping[str, Any] | None] = (None, None)
         self._given_up: Stop | None = None
-
-    @property
-    def guard(self) -> Guard:
-        """The guard of this or the last `train()`. Raises ValueError before the first one."""
-        if self._seat is None:
-            raise ValueError("training has not begun: the guard is made when Trainer.train() starts")
-        return self._seat.guard
-
-    @property
-    def restart(self) -> Rewind | None:
-        """In mode "restart": the rewind that training was stopped for."""
-        return None if self._seat is None else self._seat.restart
-
-    @property
-    def stopped(self) -> Stop | None:
-        """Why the run was given up, by the policy or because no restart was left; None otherwise."""
-        return self._given_up or (None if self._seat is None else self._seat.guard.stopped)
 
     # ---- the Trainer's events
 

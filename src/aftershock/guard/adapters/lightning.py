@@ -12,7 +12,7 @@ import math
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -21,9 +21,9 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from aftershock.guard.adapters import needed
-from aftershock.guard.adapters.seat import Clock, Seat, check_settings, log
-from aftershock.guard.guard import SKIPS, Guard
-from aftershock.guard.policy import Rewind, Stop
+from aftershock.guard.adapters.seat import Clock, Seat, Seated, check_settings, log
+from aftershock.guard.guard import SKIPS
+from aftershock.guard.policy import Stop
 from aftershock.guard.skiplist import SkipList
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class RestartNeeded(Exception):
     """Training must go on from an earlier checkpoint: `guarded_fit` does that, and nobody else should catch it."""
 
 
-class GuardCallback(Callback):
+class GuardCallback(Seated, Callback):
     """Guards `Trainer.fit()` with automatic optimization and one optimizer; `settings` are those of `Guard`.
 
     - `mode`: "in_place": weights, optimizer and schedule go back, data and `global_step` go on. "restart": `fit`
@@ -59,6 +59,8 @@ class GuardCallback(Callback):
         Trainer(max_epochs=1, callbacks=[GuardCallback()]).fit(module, loader)
     """
 
+    _begins: ClassVar[str] = "Trainer.fit()"
+
     def __init__(self, *, mode: Literal["in_place", "restart"] = "in_place", **settings: Any) -> None:
         check_settings(settings, "Trainer")
         if mode not in SAID:
@@ -72,23 +74,6 @@ class GuardCallback(Callback):
         self._live: Mapping[str, Any] | None = None
         self._given_up: Stop | None = None
         self._stepped = False
-
-    @property
-    def guard(self) -> Guard:
-        """The guard of this or the last `fit()`. Raises ValueError before the first one."""
-        if self._seat is None:
-            raise ValueError("training has not begun: the guard is made when Trainer.fit() starts")
-        return self._seat.guard
-
-    @property
-    def restart(self) -> Rewind | None:
-        """In mode "restart": the rewind that training was stopped for."""
-        return None if self._seat is None else self._seat.restart
-
-    @property
-    def stopped(self) -> Stop | None:
-        """Why the run was given up, by the policy or because no restart was left; None otherwise."""
-        return self._given_up or (None if self._seat is None else self._seat.guard.stopped)
 
     # ---- Lightning's moments
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +121,32 @@ class Seat:
         action = self.guard.steps.outcome.action
         if self._restarts and isinstance(action, Rewind):
             self.restart = action
+
+
+class Seated:
+    """What the callbacks of all trainers show of their run. A part of a callback, without an `__init__` of its own."""
+
+    _seat: Seat | None
+    _given_up: Stop | None
+    _begins: ClassVar[str]
+    """The call that starts training, in the trainer's words."""
+
+    @property
+    def guard(self) -> Guard:
+        """The guard of this run, or the last. Raises ValueError before the first one."""
+        if self._seat is None:
+            raise ValueError(f"training has not begun: the guard is made when {self._begins} starts")
+        return self._seat.guard
+
+    @property
+    def restart(self) -> Rewind | None:
+        """In mode "restart": the rewind that training was stopped for."""
+        return None if self._seat is None else self._seat.restart
+
+    @property
+    def stopped(self) -> Stop | None:
+        """Why the run was given up, by the policy or because no restart was left; None otherwise."""
+        return self._given_up or (None if self._seat is None else self._seat.guard.stopped)
 
 
 class _Schedule:
