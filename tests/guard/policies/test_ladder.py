@@ -82,19 +82,25 @@ def test_an_old_alarm_is_no_lead() -> None:
 
 
 @pytest.mark.parametrize("kind", ["spike", "shift"])
-def test_a_moved_update_with_a_quiet_gradient_rewinds_at_once_then_slower(kind: Verdict) -> None:
-    """planted: the rate was multiplied by 20; back at the same place the rate goes down by 20."""
+@pytest.mark.parametrize("lr", [1e-3, 2e-2])
+def test_a_moved_update_with_a_quiet_gradient_rewinds_at_once_then_slower(kind: Verdict, lr: float) -> None:
+    """planted: updates grew 20-fold; back at the same place a rate that grew as much is held, else it goes down by 20."""
     ladder = warm(Ladder())
     moved: dict[str, Verdict] = {"update_norm": kind}
-    row = {"verdicts": moved, "update_norm": 2.0, "lr": 2e-2}
+    row = {"verdicts": moved, "update_norm": 2.0, "lr": lr}
     action = ladder.after_step(seen(200, **row), LIVE)
     assert isinstance(action, Rewind)
     assert (action.to_step, action.lr_factor) == (150, 1.0)
     ladder.after_rewind(150)
     again = ladder.after_step(seen(200, batch=251, **row), LIVE)  # in the cool-down, but x10
     assert isinstance(again, Rewind)
-    assert (again.to_step, again.lr_steps, again.rewarm) == (100, 200, 100)  # slow until 100 steps after the failure
-    assert again.lr_factor == pytest.approx(1 / 20)  # one division
+    assert again.to_step == 100
+    if lr == 1e-3:  # slow until 100 steps after the failure
+        assert (again.lr_steps, again.rewarm) == (200, 100)
+        assert again.lr_factor == pytest.approx(1 / 20)  # one division
+    else:  # the rate is held at what was usual, and not lowered besides
+        assert again.lr_factor == 1.0
+        assert ladder.before_step(seen(101, batch=300, lr=lr), LIVE)._replace(reason="") == ScaleLR(1 / 20, 1, 0, "")
 
 
 def test_an_update_that_follows_its_gradient_is_no_rate_fault() -> None:

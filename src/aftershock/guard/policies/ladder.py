@@ -60,7 +60,8 @@ class Ladder(Policy):
        alarms (`patience` quiet batches end a run). A gradient that stays high while the loss is calm has damaged
        nothing: its steps are taken.
     3. The update grows `least_jump`-fold after the step and the gradient was quiet: the weights have moved: rewind at
-       once. If the rate had grown as much, then after a second failure it may only double every `DOUBLE_STEPS` steps.
+       once. If the rate had grown as much, then after a second failure it may only double every `DOUBLE_STEPS` steps,
+       in place of what case 5 does to the rates.
     4. A batch that is bad right after a rewind shows that it is the data: up to `max_fresh` of them are skipped, 30
        that are not finite.
     5. A second failure before the run got `place` steps beyond the first: further back, twice the skipped range, rates
@@ -264,6 +265,7 @@ class Ladder(Policy):
             return rewind
         if jump > 1 and seen.lr >= self.least_jump * usual_rate:
             self._cap = Cap(usual_rate, 0, seen.step + self.place)
+            return rewind  # the cap is slow enough: the rates need no factor besides
         slow = self.lr_steps + max(0, seen.step - target)
         self._slow_until = target + slow + self.rewarm
         return rewind._replace(lr_factor=factor, lr_steps=slow, rewarm=self.rewarm)
