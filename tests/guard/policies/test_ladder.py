@@ -84,7 +84,7 @@ def test_an_old_alarm_is_no_lead() -> None:
 @pytest.mark.parametrize("kind", ["spike", "shift"])
 @pytest.mark.parametrize("lr", [1e-3, 2e-2])
 def test_a_moved_update_with_a_quiet_gradient_rewinds_at_once_then_slower(kind: Verdict, lr: float) -> None:
-    """planted: updates grew 20-fold; back at the same place a rate that grew as much is held, else it goes down by 20."""
+    """planted: updates grew 20-fold; if they do again, a rate that grew as much is held, else it goes down by 20."""
     ladder = warm(Ladder())
     moved: dict[str, Verdict] = {"update_norm": kind}
     row = {"verdicts": moved, "update_norm": 2.0, "lr": lr}
