@@ -6,6 +6,7 @@ cell. Must not import the runner or the lab.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -17,12 +18,14 @@ from aftershock.workload import Workload
 
 
 class Taken(NamedTuple):
-    """One step: its loss, the norm of its gradient before clipping, and the length of the weights' change."""
+    """One step: its loss, the norm of its gradient before clipping, the length of the weights' change, and the rate of
+    the first group by its schedule. What was not measured is nan."""
 
     step: int
     loss: float
-    grad_norm: float
-    update_norm: float
+    grad_norm: float = math.nan
+    update_norm: float = math.nan
+    lr: float = math.nan
 
 
 def take_steps(run: Run, start: int, stop: int) -> Iterator[Taken]:
@@ -50,6 +53,7 @@ def take_step(run: Run, step: int) -> Taken:
     else:
         grad_norm = length(grads)
     before = [p.detach().clone() for p in params]
+    rate = float(workload.optimizer.param_groups[0]["lr"])
     workload.optimizer.step()
     if workload.scheduler is not None:
         workload.scheduler.step()
@@ -57,7 +61,7 @@ def take_step(run: Run, step: int) -> Taken:
     update = length([p.detach() - old for p, old in zip(params, before, strict=True)])
     for hook in run.after_step:
         hook(step)
-    return Taken(step, loss.item(), grad_norm.item(), update.item())
+    return Taken(step, loss.item(), grad_norm.item(), update.item(), rate)
 
 
 def backward(run: Run, step: int) -> Tensor:

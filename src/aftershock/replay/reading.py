@@ -20,7 +20,7 @@ from aftershock.guard.incidentrecord import Incident, Row, read_incident
 from aftershock.guard.state import State, Training
 from aftershock.guard.surroundings import differences
 from aftershock.guard.surroundings import fingerprint as fingerprint_of
-from aftershock.replay.loop import take_steps
+from aftershock.replay.loop import Taken, take_steps
 from aftershock.replay.recording import Spike, find_spikes
 from aftershock.replay.run import Window
 from aftershock.workload import Workload
@@ -36,10 +36,11 @@ LEAST_SEARCH = 300
 
 
 class Recorded(NamedTuple):
-    """`losses` and batch ids by step, from well before the snapshot up to the first step that the guard touched."""
+    """`losses`, `rows` and batch ids by step, from well before the snapshot up to the first that the guard touched."""
 
     losses: dict[int, float]
     ids: dict[int, int]
+    rows: dict[int, Taken]
 
 
 def read_subject(
@@ -66,6 +67,7 @@ def read_subject(
             workload,
             states={step: state},
             recorded=losses,
+            rows=recorded.rows,
             window=window,
             indices=batches.indices,
             batch=batches.batch,
@@ -171,7 +173,11 @@ def _recorded(incident: Incident, start: int, batch_id: int) -> Recorded:
             break
         before.append(row)
     found = [*reversed(before), *after]
-    return Recorded({r.step: r.loss for r in found}, {r.step: r.batch_id for r in after} or {start: batch_id})
+    return Recorded(
+        {r.step: r.loss for r in found},
+        {r.step: r.batch_id for r in after} or {start: batch_id},
+        {r.step: Taken(r.step, r.loss, r.grad_norm, r.update_norm, r.lr) for r in found if r.taken},
+    )
 
 
 def _window(incident: Incident, recorded: Recorded, start: int, onset: int) -> tuple[Window, bool]:

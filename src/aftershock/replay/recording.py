@@ -15,7 +15,7 @@ from aftershock.guard.recorder import FlightRecorder
 from aftershock.guard.state import State, Training
 from aftershock.guard.surroundings import surroundings
 from aftershock.numerics import median_mad
-from aftershock.replay.loop import take_step
+from aftershock.replay.loop import Taken, take_step
 from aftershock.replay.run import Run, StepHook, Window
 from aftershock.replay.subject import Subject, copied, full_end
 from aftershock.signals.detect.robust import Robust
@@ -130,6 +130,7 @@ class _Tape:
         self._run.batch = self._batch
         self._pinned: list[int] = []
         self.losses: list[float] = []
+        self._rows: list[Taken] = []
         self._digests: dict[int, str] = {}
         self._around = surroundings(self._training.params.values())
 
@@ -144,7 +145,8 @@ class _Tape:
             self._recorder.take(step, step)
 
     def step(self) -> None:
-        self.losses.append(take_step(self._run, len(self.losses)).loss)
+        self._rows.append(take_step(self._run, len(self.losses)))
+        self.losses.append(self._rows[-1].loss)
 
     def hold(self, onset: int) -> None:
         """Pin the suspect snapshot of a spike that begins there, and the earlier one."""
@@ -178,6 +180,7 @@ class _Tape:
             self._workload,
             states=states,
             recorded=dict(enumerate(self.losses)),
+            rows={row.step: row for row in self._rows},
             window=Window(start, spike.onset, spike.peak, spike.end),
             earlier=min(states) if len(states) > 1 else None,
             digests=self._digests,

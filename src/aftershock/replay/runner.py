@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from aftershock.replay.footprint import check_undone, footprint
-from aftershock.replay.loop import length, take_steps
+from aftershock.replay.loop import Taken, length, take_steps
 from aftershock.replay.response import PRESENT_SHARE, Baseline, Response, measure
 from aftershock.replay.run import Cell, Run
 from aftershock.replay.subject import Subject
@@ -45,8 +45,8 @@ GRACE_S = 10.0
 
 
 class CellResult(NamedTuple):
-    """One replay as it ran. `losses`, `grad_norms` (before clipping) and `updates` (lengths of the weights' change) are
-    by step from `first` on; the cell acted from step `since` on. `error` is what went wrong, "" where nothing did.
+    """One replay as it ran. `losses`, `grad_norms` (before clipping), `updates` (lengths of the weights' change) and
+    `rates` (the schedule's) are by step from `first` on; the cell acted from step `since` on. `error` is what went wrong, "" where nothing did.
 
     `distance`: from the weights at the snapshot to those at the end (not where an edit changed their shapes: nan).
     """
@@ -58,6 +58,7 @@ class CellResult(NamedTuple):
     losses: tuple[float, ...]
     grad_norms: tuple[float, ...]
     updates: tuple[float, ...]
+    rates: tuple[float, ...]
     distance: float
     held_out: float | None
     seconds: float
@@ -68,6 +69,12 @@ class CellResult(NamedTuple):
     def by_step(self) -> dict[int, float]:
         """Losses by step."""
         return dict(enumerate(self.losses, self.first))
+
+    @property
+    def rows(self) -> dict[int, Taken]:
+        """All that was measured, by step."""
+        columns = zip(self.losses, self.grad_norms, self.updates, self.rates, strict=True)
+        return {step: Taken(step, *row) for step, row in enumerate(columns, self.first)}
 
     def response(self, base: Baseline) -> Response | None:
         """Measured against a baseline; None where the replay took no step since it was changed."""
@@ -90,6 +97,7 @@ class Prefix(NamedTuple):
     losses: tuple[float, ...] = ()
     grad_norms: tuple[float, ...] = ()
     updates: tuple[float, ...] = ()
+    rates: tuple[float, ...] = ()
 
 
 def run_cell(
@@ -220,14 +228,16 @@ class _Log:
     def __init__(self, prefix: Prefix) -> None:
         self.losses = list(prefix.losses)
         self._grad_norms, self._updates = list(prefix.grad_norms), list(prefix.updates)
+        self._rates = list(prefix.rates)
 
-    def add(self, loss: float, grad_norm: float, update: float) -> None:
-        self.losses.append(loss)
-        self._grad_norms.append(grad_norm)
-        self._updates.append(update)
+    def add(self, taken: Taken) -> None:
+        self.losses.append(taken.loss)
+        self._grad_norms.append(taken.grad_norm)
+        self._updates.append(taken.update_norm)
+        self._rates.append(taken.lr)
 
     def rows(self) -> Prefix:
-        return Prefix(tuple(self.losses), tuple(self._grad_norms), tuple(self._updates))
+        return Prefix(tuple(self.losses), tuple(self._grad_norms), tuple(self._updates), tuple(self._rates))
 
 
 class _Watch:
@@ -260,7 +270,7 @@ def _train(run: Run, start: int, stop: int, log: _Log, watch: _Watch | None, dea
     if time.monotonic() >= deadline:
         return "budget"
     for taken in take_steps(run, start, stop):
-        log.add(taken.loss, taken.grad_norm, taken.update_norm)
+        log.add(taken)
         clear = None if watch is None else watch.verdict(taken.step, taken.loss)
         if clear is not None:
             return clear
@@ -379,4 +389,4 @@ def _work(pipe: Connection, subject: Subject, cell: Cell, settings: dict[str, An
 def _nothing(subject: Subject, cell: Cell, stopped: Stopped, *, error: str = "") -> CellResult:
     start = subject.window.start
     since = _since(subject, cell)
-    return CellResult(cell.name, cell.family, start, since, (), (), (), math.nan, None, 0.0, stopped, error)
+    return CellResult(cell.name, cell.family, start, since, *Prefix(), math.nan, None, 0.0, stopped, error)

@@ -12,6 +12,7 @@ from typing import Any
 
 from aftershock.guard.state import State, Training
 from aftershock.guard.surroundings import differences, surroundings
+from aftershock.replay.loop import Taken
 from aftershock.replay.response import Baseline, baseline
 from aftershock.replay.run import Run, Window
 from aftershock.workload import Workload
@@ -28,6 +29,7 @@ class Subject:
     - `states`: copies of the state by step, on the host; `window.start` is the suspect one, the newest far enough
       before the onset; `earlier` a healthy one from well before it, None where none was kept
     - `recorded`: losses by step as recorded, from before the snapshot on where they are known
+    - `rows`: gradient norm, length of the update and rate of those steps, as far as they were recorded
     - `indices`: batch index by step, where it is not the step itself. Steps past the last go on one by one
     - `batch`: the batch of an index, by default the workload's
     - `stop`: first step that cannot be replayed, since its batch is not to be had; None where there is no end
@@ -49,6 +51,7 @@ class Subject:
         states: Mapping[int, State],
         recorded: Mapping[int, float],
         window: Window,
+        rows: Mapping[int, Taken] | None = None,
         earlier: int | None = None,
         indices: Mapping[int, int] | None = None,
         batch: Callable[[int], Any] | None = None,
@@ -73,6 +76,7 @@ class Subject:
         self.earlier = earlier
         self.states = dict(states)
         self.recorded = dict(recorded)
+        self.rows = dict(rows or {})
         self.digests = dict(digests or {})
         self.stop = stop
         self.notes = notes
