@@ -23,6 +23,7 @@ LEVELS = {
     "_version": 0,
     "numerics": 1,
     "config": 1,
+    "causes": 1,
     "workload": 1,
     "store": 2,
     "signals": 3,

@@ -41,6 +41,7 @@ _FIRST = (
     "wd=0.1",
     "float32:loss",
     "float64:loss",
+    "hold:v",
     "refresh:v",
     "sham:ulp#2",
     "sham:skip#2",

@@ -23,7 +23,7 @@ from aftershock.replay.edits.precision import DTYPES, Everything, WideParts
 from aftershock.replay.edits.rates import FixedRate, RateBefore, ScaledRate
 from aftershock.replay.edits.regularisation import Dropout, ZLoss
 from aftershock.replay.edits.shams import OtherSeed, Ulp, random_order, random_skip
-from aftershock.replay.edits.state import Earlier, RefreshedSecond, Reset
+from aftershock.replay.edits.state import Earlier, HeldSecond, RefreshedSecond, Reset
 from aftershock.replay.run import CONTROL, Cell, Edit, Unchanged
 from aftershock.replay.subject import Subject
 
@@ -46,6 +46,10 @@ class Kind(NamedTuple):
     forms: tuple[str, ...]
 
 
+class UnknownCell(ValueError):
+    """A name that is no cell's, whatever the subject."""
+
+
 class Grid(NamedTuple):
     """`cells` in order of information; `left_out`: names of those that mean nothing for this workload, and why."""
 
@@ -56,7 +60,7 @@ class Grid(NamedTuple):
 def cell(name: str, subject: Subject) -> Cell:
     """The cell of that name for a subject. See `KINDS` for all there is.
 
-    Raises ValueError, with the nearest name, for one that does not exist or is written wrongly. Whether it means
+    Raises UnknownCell, with the nearest name, for one that does not exist or is written wrongly. Whether it means
     anything for the workload is found when it is applied, or by `grid`.
 
     Example:
@@ -65,7 +69,7 @@ def cell(name: str, subject: Subject) -> Cell:
     match = _NAME.fullmatch(name)
     if match is None or match["head"] not in KINDS:
         known = [form for kind in KINDS.values() for form in kind.forms]
-        raise ValueError(f"no cell {name!r}{nearest(name, known)}")
+        raise UnknownCell(f"no cell {name!r}{nearest(name, known)}")
     kind = KINDS[match["head"]]
     written = Written(
         match["head"], match["sign"] or "", match["value"] or "", match["option"] or "", int(match["draw"] or 0)
@@ -74,7 +78,7 @@ def cell(name: str, subject: Subject) -> Cell:
         edit = kind.make(written, subject)
     except _WrongForm:
         forms = ", ".join(repr(form) for form in kind.forms)
-        raise ValueError(f"no cell {name!r}; a {written.head} cell is written {forms}") from None
+        raise UnknownCell(f"no cell {name!r}; a {written.head} cell is written {forms}") from None
     except ValueError as error:
         raise ValueError(f"cell {name!r}: {error}") from None
     return Cell(name=name, family=kind.family, edit=edit)
@@ -98,6 +102,7 @@ def grid(subject: Subject, names: Iterable[str] | None = None) -> Grid:
 
     Asks each edit, from the snapshot, with at most one forward pass each; the workload stands at the snapshot
     afterwards. The first is the control, and shams are spread among the cells, so that a grid cut short has some.
+    Raises UnknownCell for a name that is no cell's.
     """
     found, left_out = [CONTROL], dict[str, str]()
     subject.restore()
@@ -106,6 +111,8 @@ def grid(subject: Subject, names: Iterable[str] | None = None) -> Grid:
             one = cell(name, subject)
             if isinstance(one.edit, Checked):
                 one.edit.check(subject.run())
+        except UnknownCell:
+            raise
         except ValueError as error:
             left_out[name] = str(error).removeprefix(f"cell {name!r}: ")
             continue
@@ -266,6 +273,11 @@ def _refresh(written: Written, subject: Subject) -> Edit:
     return RefreshedSecond()
 
 
+def _hold(written: Written, subject: Subject) -> Edit:
+    _option(written, "v")
+    return HeldSecond()
+
+
 def _control(written: Written, subject: Subject) -> Edit:
     _option(written, "", draws=bool(written.draw))
     return Unchanged()
@@ -292,6 +304,7 @@ KINDS: dict[str, Kind] = {
     "reorder": Kind("data", _reorder, ("reorder",)),
     "earlier": Kind("state", _earlier, ("earlier", "earlier:replace")),
     "reset": Kind("state", _reset, ("reset:m", "reset:v", "reset:both")),
+    "hold": Kind("state", _hold, ("hold:v",)),
     "refresh": Kind("state", _refresh, ("refresh:v",)),
     "lr": Kind("rate", _rate, ("lr*0.5", "lr=1e-3", "lr=before")),
     "beta1": Kind("optimizer", _betas, ("beta1=0.5", "beta1=0.5:recompute")),

@@ -4,9 +4,11 @@ When a cell is stopped early (never one that is `full`, and with stop_early=Fals
 
 - "spike": its excess over the level has reached 0.8 of the recorded spike's and has come down to half of its own
   highest for 3 steps in a row (a second peak, higher than the first, is then not seen); or it had the spike
-  (`Response.present`) and lies in the band again for 5; or it was not finite for 10: the spike is there
-- "quiet": the recorded end is behind by one spike length, the loss never left the band by more than a tenth of the
-  recorded rise, and lies within it for the last 5 steps: no spike came, nor is one on its way
+  (`Response.present`) and lies in the band again for 5; or has had it for 20 steps; or it was not finite for 10: the
+  spike is there
+- "quiet": the recorded end is behind by one spike length (end and length count up to 60 steps after the peak), the
+  loss never left the band by more than a tenth of the recorded rise, and lies within it for the last 5 steps: no spike
+  came, nor is one on its way
 - a cell that is neither ends at `Subject.short`
 
 Must not import the lab.
@@ -29,7 +31,7 @@ from aftershock.replay.footprint import check_undone, footprint
 from aftershock.replay.loop import Taken, length, take_steps
 from aftershock.replay.response import PRESENT_SHARE, Baseline, Response, measure
 from aftershock.replay.run import Cell, Run
-from aftershock.replay.subject import Subject
+from aftershock.replay.subject import LONG, Subject, seen_by
 from aftershock.signals.untouched import untouched
 
 Stopped = Literal["end", "spike", "quiet", "edit", "budget", "error"]
@@ -39,6 +41,7 @@ before the first step; error: it failed, or its worker died."""
 HIGH_SHARE, DOWN_SHARE, DOWN = 0.8, 0.5, 3
 QUIET_SHARE, QUIET = 0.1, 5
 NONFINITE = 10
+STAYS = 20
 """Steps without a finite loss after which a replay is lost."""
 GRACE_S = 10.0
 """A worker that has not ended by itself this long after the time is up is ended."""
@@ -245,11 +248,11 @@ class _Watch:
 
     def __init__(self, subject: Subject) -> None:
         self._base = subject.baseline
-        self._quiet_from = subject.window.end + subject.window.length
+        self._quiet_from = seen_by(subject.window) + min(subject.window.length, LONG)
         rise = (self._base.threshold - self._base.band) / PRESENT_SHARE  # the recorded one, where that was finite
         self._calm = self._base.band + QUIET_SHARE * rise
         self._high = max(HIGH_SHARE * self._base.height, self._base.threshold)
-        self._highest, self._down, self._rest, self._broken = -math.inf, 0, 0, 0
+        self._highest, self._down, self._rest, self._broken, self._over = -math.inf, 0, 0, 0, 0
 
     def verdict(self, step: int, loss: float) -> Stopped | None:
         excess = self._base.excess(loss)
@@ -257,9 +260,10 @@ class _Watch:
         self._broken = self._broken + 1 if math.isinf(excess) else 0
         self._down = self._down + 1 if excess <= DOWN_SHARE * self._highest else 0
         self._rest = self._rest + 1 if excess <= self._base.band else 0
+        self._over = self._over + 1 if excess >= self._base.threshold else 0
         over = self._highest >= self._high and self._down >= DOWN
         passed = self._highest >= self._base.threshold and self._rest >= QUIET
-        if over or passed or self._broken >= NONFINITE:
+        if over or passed or self._broken >= NONFINITE or self._over >= STAYS:
             return "spike"
         if step >= self._quiet_from and self._highest <= self._calm and self._rest >= QUIET:
             return "quiet"

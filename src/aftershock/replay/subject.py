@@ -19,6 +19,8 @@ from aftershock.workload import Workload
 
 __all__ = ["Subject", "Window", "copied", "full_end"]
 
+LONG = 60
+"""Steps after its peak by which a spike that does not end has been seen for long enough."""
 LATER = 10
 """Spike lengths after the end, at which the last of a replay's answers is read (open question 1 of the survey)."""
 
@@ -158,8 +160,9 @@ class Subject:
 
     @property
     def short(self) -> int:
-        """Where a replay ends that waits for the spike only: as many steps after its end as lie between snapshot and
-        end, so that one which comes up to twice as late is still seen."""
+        """Where a replay ends that waits for the spike only: as many steps after it as lie between snapshot and its
+        end, so that one which comes up to twice as late is still seen. Of a spike that stays for long only the first
+        `LONG` steps after the peak are waited for."""
         return self._within(short_end(self.window))
 
     @property
@@ -188,9 +191,15 @@ class Subject:
         return step if self.stop is None else min(step, self.stop)
 
 
+def seen_by(window: Window) -> int:
+    """The step by which the recorded spike has shown itself: its end, or `LONG` steps after its peak."""
+    return min(window.end, window.peak + LONG)
+
+
 def short_end(window: Window) -> int:
     """See `Subject.short`."""
-    return window.end + max(window.end - window.start, 2 * window.length)
+    end = seen_by(window)
+    return end + max(end - window.start, 2 * min(window.length, LONG))
 
 
 def full_end(window: Window) -> int:

@@ -10,7 +10,8 @@ import torch
 
 from aftershock.lab.zoo.labels import Spike, label
 from aftershock.lab.zoo.registry import UNSEEN, ZOO, specimen
-from aftershock.lab.zoo.specimen import CAUSES, Specimen, Trial
+from aftershock.causes import CAUSES
+from aftershock.lab.zoo.specimen import Specimen, Trial
 
 ALL = {**ZOO, **UNSEEN}
 PLANTED = [name for name, each in ALL.items() if each.kind == "planted"]

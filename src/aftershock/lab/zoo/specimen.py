@@ -11,28 +11,11 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
+from aftershock.causes import CAUSES
 from aftershock.workload import Workload
 
 Kind = Literal["spontaneous", "planted", "healthy"]
 """spontaneous: the settings make it spike, at a step nobody chose; planted: a fault at a known step; healthy: none."""
-
-CAUSES: dict[str, str] = {
-    "C1": "second-moment lag: Adam's v decays faster than the gradient it divides",
-    "C2": "correlated large Adam updates",
-    "C3": "landscape too sharp for the step size",
-    "C4": "attention-logit growth",
-    "C5": "output-logit or final-norm drift",
-    "C6": "embedding or residual scale",
-    "C7": "degenerate data",
-    "C8": "data and state together",
-    "C9": "numerics",
-    "C10": "silent data corruption",
-    "C11": "resume or state fault",
-    "C12": "routing",
-    "C13": "weight decay against normalisation",
-    "C14": "structural: relapses whatever is done to data or optimizer",
-}
-"""The classes of causes, as the survey of causes numbers them."""
 
 
 class Disturbance(ABC):

@@ -1,4 +1,4 @@
-"""The optimizer's state: moments reset, the second moment measured anew, or the whole of an earlier healthy state.
+"""The optimizer's state: moments reset, the second moment held or measured anew, or the whole of an earlier healthy state.
 
 Must not import other edits than those of the data.
 """
@@ -17,7 +17,7 @@ from aftershock.replay.edits.checked import Checked, clear_gradients, kind
 from aftershock.replay.edits.data import Replaced, suspects
 from aftershock.replay.loop import backward, trained
 from aftershock.replay.run import Run
-from aftershock.signals.ranks import is_sharded
+from aftershock.signals.ranks import is_sharded, local
 
 if TYPE_CHECKING:
     from aftershock.replay.subject import Subject
@@ -62,6 +62,30 @@ class Reset(Checked):
 
     def _keys(self) -> tuple[str, ...]:
         return {"m": FIRST, "v": SECOND, "both": (*FIRST, *SECOND)}[self.what]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldSecond(Checked):
+    """Adam's v does not fall any more: v_t = max(v_t, v_(t-1)) after each step, from the snapshot on.
+
+    What AMSGrad (Reddi et al. 2018, arXiv 1904.09237) does, begun late. A spike that it removes came of a v that decayed
+    faster than the gradients it divides. In a step itself v falls once, by beta2. Memory: one copy of v.
+    """
+
+    def check(self, run: Run) -> None:
+        if not any(isinstance(s.get("exp_avg_sq"), Tensor) for s in run.workload.optimizer.state.values()):
+            raise ValueError(f"{kind(run.workload.optimizer)} holds no exp_avg_sq at the snapshot: no v to hold")
+
+    def change(self, run: Run) -> None:
+        states = run.workload.optimizer.state.values()
+        second = [local(s["exp_avg_sq"]) for s in states if isinstance(s.get("exp_avg_sq"), Tensor)]
+        highest = [v.clone() for v in second]
+
+        def hold(step: int) -> None:
+            torch._foreach_maximum_(second, highest)
+            torch._foreach_copy_(highest, second)
+
+        run.after_step.append(hold)
 
 
 @dataclass(frozen=True, kw_only=True)
