@@ -20,7 +20,7 @@ from aftershock.replay.symptoms import Symptoms, symptoms
 from aftershock.replay.verdict import DECIDED, Answer, answers, judge, judge_struck, zero_line
 
 WINDOW = Window(100, 140, 142, 150)
-CALM = Symptoms("none", None, False, 1.0, None, None, False, False)
+CALM = Symptoms("none", None, False, 1.0, None, None, False, False, False)
 
 
 def response(*, present: bool, onset: int | None = 140) -> Response:

@@ -84,6 +84,9 @@ QUESTIONS: dict[str, Question] = {
         "gradient and update were calm until the loss rose",
         moot=False,
     ),
+    "overflowed": Question(
+        (), "a gradient was not finite though its loss was", "no gradient was lost of a finite loss", moot=False
+    ),
 }
 """Every question, by name; the order is that in which evidence is told."""
 
@@ -232,6 +235,11 @@ SIGNATURES: tuple[Signature, ...] = (
             "sudden": EVEN,
             "qk": SELDOM,
         },
+    ),
+    Signature(
+        "C9",
+        "a gradient that overflowed",
+        {"data": EVEN, "earlier": EVEN, "wide_all": EVEN, "wide_loss": EVEN, "sudden": ALWAYS, "overflowed": ALWAYS},
     ),
     Signature(
         "C13",

@@ -51,6 +51,7 @@ class Symptoms(NamedTuple):
     - `rate_factor`: highest rate about the onset over the calm median
     - `update_moved`, `grad_moved`: first step about the onset at which the norm had left its calm band
     - `ahead`: gradient and update had both moved `AHEAD` steps or more before the loss left its band
+    - `overflowed`: a gradient about the onset was not finite though its own loss was
     - `update_first`: the update moved, and the gradient had not: rate or optimizer rather than data
     """
 
@@ -62,6 +63,7 @@ class Symptoms(NamedTuple):
     grad_moved: int | None
     update_first: bool | None
     ahead: bool | None
+    overflowed: bool | None
 
     @property
     def rate_jumped(self) -> bool | None:
@@ -76,11 +78,14 @@ def symptoms(subject: Subject, replayed: Mapping[int, Taken] | None = None) -> S
     grad = _moved({step: row.grad_norm for step, row in rows.items()}, subject)
     update = _moved({step: row.update_norm for step, row in rows.items()}, subject)
     known = any(math.isfinite(row.update_norm) for row in rows.values())
-    first = ahead = None
+    first = ahead = overflowed = None
     if known:
+        about = range(subject.window.onset - BEFORE, subject.window.onset + 1)
+        near = [rows[step] for step in about if step in rows]
+        overflowed = any(math.isfinite(row.loss) and not math.isfinite(row.grad_norm) for row in near)
         ahead = max(math.inf if s is None else s for s in (grad, update)) <= subject.window.onset - AHEAD
         first = update is not None and (grad is None or grad > update)
-    return Symptoms(struck, at, _sudden(subject), _rate_factor(subject), update, grad, first, ahead)
+    return Symptoms(struck, at, _sudden(subject), _rate_factor(subject), update, grad, first, ahead, overflowed)
 
 
 def what_struck(subject: Subject, replayed: Mapping[int, Taken]) -> tuple[Struck, int | None]:

@@ -113,6 +113,7 @@ def answers(
         "rate_jumped": seen.rate_jumped,
         "update_first": seen.update_first,
         "ahead": seen.ahead,
+        "overflowed": seen.overflowed,
     }
     for name, question in QUESTIONS.items():
         given = {cell: _removed(responses[cell], subject) for cell in question.cells if cell in responses}
