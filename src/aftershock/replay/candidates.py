@@ -36,6 +36,7 @@ _FIRST = (
     "qk-clip",
     "replace",
     "replace:before",
+    "replace:content",
     "earlier",
     "wd*0",
     "wd=0.1",

@@ -15,6 +15,7 @@ from aftershock.replay.candidates import candidates
 from aftershock.replay.edits.architecture import QKClipped, QKNorm
 from aftershock.replay.edits.checked import Checked
 from aftershock.replay.edits.clips import Clip, RelativeClip, Treated
+from aftershock.replay.edits.contents import OtherContents
 from aftershock.replay.edits.data import Replaced, Shuffled, Skipped, suspects
 from aftershock.replay.edits.decay import Decay
 from aftershock.replay.edits.freeze import Frozen, Withheld
@@ -228,8 +229,11 @@ def _skip(written: Written, subject: Subject) -> Edit:
     return Skipped(steps=tuple(suspects(subject.window)), stop=subject.stop)
 
 
-def _replace(written: Written, subject: Subject) -> Replaced:
-    source = "before" if _option(written, "", "before") else "later"
+def _replace(written: Written, subject: Subject) -> Edit:
+    option = _option(written, "", "before", "content")
+    if option == "content":
+        return OtherContents(steps=suspects(subject.window))
+    source = "before" if option else "later"
     return Replaced(steps=suspects(subject.window), source=source, stop=subject.stop)
 
 
@@ -300,7 +304,7 @@ KINDS: dict[str, Kind] = {
     "control": Kind("control", _control, ("control", "control#1")),
     "sham": Kind("sham", _sham, ("sham:skip#1", "sham:permute#1", "sham:ulp#1", "sham:seed#1")),
     "skip": Kind("data", _skip, ("skip",)),
-    "replace": Kind("data", _replace, ("replace", "replace:before")),
+    "replace": Kind("data", _replace, ("replace", "replace:before", "replace:content")),
     "reorder": Kind("data", _reorder, ("reorder",)),
     "earlier": Kind("state", _earlier, ("earlier", "earlier:replace")),
     "reset": Kind("state", _reset, ("reset:m", "reset:v", "reset:both")),

@@ -41,6 +41,13 @@ QUESTIONS: dict[str, Question] = {
         moot=False,
         after="data",
     ),
+    "content": Question(
+        ("replace:content",),
+        "other data in the suspect batches' place remove it",
+        "what comes along with the suspect batches brings it, whatever their data",
+        moot=False,
+        after="data",
+    ),
     "half_rate": Question(("lr*0.5",), "half the rate removes it", "half the rate does not", moot=False),
     "rate_before": Question(
         ("lr=before",), "keeping the rate as it was at the snapshot removes it", "the rate's course does not matter"
@@ -190,13 +197,14 @@ SIGNATURES: tuple[Signature, ...] = (
     Signature(
         "C7",
         "bad batches",
-        {"data": ALWAYS, "earlier": NEVER, "half_rate": SELDOM, "clip": SELDOM, "sudden": ALWAYS},
+        {"data": ALWAYS, "content": ALWAYS, "earlier": NEVER, "half_rate": SELDOM, "clip": SELDOM, "sudden": ALWAYS},
     ),
     Signature(
         "C8",
         "batches that harm this state only",
         {
             "data": ALWAYS,
+            "content": ALWAYS,
             "earlier": ALWAYS,
             "half_rate": OFTEN,
             "clip": OFTEN,
@@ -239,7 +247,15 @@ SIGNATURES: tuple[Signature, ...] = (
     Signature(
         "C9",
         "a gradient that overflowed",
-        {"data": EVEN, "earlier": EVEN, "wide_all": EVEN, "wide_loss": EVEN, "sudden": ALWAYS, "overflowed": ALWAYS},
+        {
+            "data": EVEN,
+            "content": EVEN,
+            "earlier": EVEN,
+            "wide_all": EVEN,
+            "wide_loss": EVEN,
+            "sudden": ALWAYS,
+            "overflowed": ALWAYS,
+        },
     ),
     Signature(
         "C13",

@@ -204,7 +204,7 @@ class WithoutRows(Checked):
 
 def num_rows(batch: Any) -> int:
     """Length of the first axis of the batch's first tensor. Raises ValueError when no tensor has one."""
-    for leaf in _leaves(batch):
+    for leaf in leaves(batch):
         if isinstance(leaf, Tensor) and leaf.ndim and not is_sharded(leaf):
             return leaf.shape[0]
     raise ValueError(f"a {type(batch).__name__} holds no tensor whose first axis could be its rows")
@@ -244,7 +244,8 @@ def require_other_batches(run: Run) -> None:
         raise ValueError("every step trains on the same batch, so none can be left out for another")
 
 
-def _leaves(tree: Any) -> Iterator[Any]:
+def leaves(tree: Any) -> Iterator[Any]:
+    """What a batch is made of, in the order in which `mapped` goes through it."""
     if isinstance(tree, Mapping):
         tree = list(tree.values())
     elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
@@ -253,7 +254,7 @@ def _leaves(tree: Any) -> Iterator[Any]:
         yield tree
         return
     for value in tree:
-        yield from _leaves(value)
+        yield from leaves(value)
 
 
 def _fields(tree: Any) -> list[Any]:

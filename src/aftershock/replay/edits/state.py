@@ -1,4 +1,4 @@
-"""The optimizer's state: moments reset, the second moment held or measured anew, or the whole of an earlier healthy state.
+"""The optimizer's state: moments reset, the second moment held or measured anew, or all of an earlier healthy state.
 
 Must not import other edits than those of the data.
 """
@@ -68,8 +68,8 @@ class Reset(Checked):
 class HeldSecond(Checked):
     """Adam's v does not fall any more: v_t = max(v_t, v_(t-1)) after each step, from the snapshot on.
 
-    What AMSGrad (Reddi et al. 2018, arXiv 1904.09237) does, begun late. A spike that it removes came of a v that decayed
-    faster than the gradients it divides. In a step itself v falls once, by beta2. Memory: one copy of v.
+    What AMSGrad (Reddi et al. 2018, arXiv 1904.09237) does, begun late. A spike that it removes came of a v that
+    decayed faster than the gradients it divides. In a step itself v falls once, by beta2. Memory: one copy of v.
     """
 
     def check(self, run: Run) -> None:
