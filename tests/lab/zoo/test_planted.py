@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from aftershock.lab.zoo import planted
+from aftershock.lab.zoo import planted, unseen
 from aftershock.lab.zoo.nets import Tokens, token_loss
 from aftershock.lab.zoo.specimen import Specimen, Trial
 
-SPECIMENS = {each.name: each for each in vars(planted).values() if isinstance(each, Specimen)}
+SPECIMENS = {
+    each.name: each for room in (planted, unseen) for each in vars(room).values() if isinstance(each, Specimen)
+}
 
 PLACES = {
     "repeated_ngrams": {"data"},
@@ -33,6 +35,8 @@ PLACES = {
     "dropout_jump": {"data"},
     "targets_off_by_one": {"data"},
     "zeroed_gain": {"process"},
+    "decay_surge": {"setting"},
+    "memory_loss": {"setting"},
 }
 
 
@@ -50,9 +54,16 @@ def _rate(trial: Trial, index: int) -> float:
     return float(scheduler.base_lrs[0]) * scheduler.lr_lambdas[0](index)
 
 
+def _settings(a: Trial, b: Trial) -> set[str]:
+    """Whether the schedule, just asked for a step, has put other settings beside the rate."""
+    groups = [trial.workload.optimizer.param_groups[0] for trial in (a, b)]
+    differ = any(groups[0].get(name) != groups[1].get(name) for name in ("betas", "weight_decay"))
+    return {"setting"} if differ else set()
+
+
 def _differences(a: Trial, b: Trial, index: int) -> set[str]:
     found = {"data"} if not _equal(a.workload.batch(index), b.workload.batch(index)) else set()
-    return found | ({"rate"} if _rate(a, index) != _rate(b, index) else set())
+    return found | ({"rate"} if _rate(a, index) != _rate(b, index) else set()) | _settings(a, b)
 
 
 @pytest.mark.parametrize("each", SPECIMENS.values(), ids=SPECIMENS)
@@ -140,7 +151,7 @@ def test_a_loss_scale_that_fits_leaves_the_gradient_and_the_last_one_overflows()
 
 def test_the_dropped_share_is_of_the_step_alone() -> None:
     """planted: no hook stays behind, so the loss of a dry batch is the plain one."""
-    work = planted.DROPOUT_JUMP.build(0).workload
+    work = unseen.DROPOUT_JUMP.build(0).workload
     dry, wet = work.batch(0), work.batch(planted.ONSET)
     assert (dry.dropped, wet.dropped) == (0.0, 0.9)
     with torch.random.fork_rng([]):

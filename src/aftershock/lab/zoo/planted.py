@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aftershock.lab.zoo import disturbances
-from aftershock.lab.zoo.nets import ByteLM, Curve, Tokens
+from aftershock.lab.zoo.nets import Curve, Tokens
 from aftershock.lab.zoo.specimen import Specimen, Trial
 from aftershock.lab.zoo.workloads import CURVE_STEPS, Batches, language, parts, random_numbers, regression
 
@@ -31,14 +31,15 @@ IGNORED = -100
 LOSS_SCALE, SCALE_GROWTH, GROWTH_STEPS, OVERFLOWS = 2.0**16, 4.0, 100, 20
 """The first is where torch.amp.GradScaler starts; 2^16 4^5 = 2^26 is the first at which 1/512 overflows float16."""
 
-_FOR_GOOD = 10**9
+FOR_GOOD = 10**9
 
 
-def _span(onset: int, count: int, faulty: bool) -> range:
+def span(onset: int, count: int, faulty: bool) -> range:
+    """The faulty steps; none in the twin."""
     return range(onset, onset + count) if faulty else range(0)
 
 
-def _spoiled(spoil: Callable[[Any, torch.Generator], Any], steps: range, seed: int) -> Callable[[Batches], Batches]:
+def spoiled(spoil: Callable[[Any, torch.Generator], Any], steps: range, seed: int) -> Callable[[Batches], Batches]:
     """Batches of `steps` as `spoil` makes them, with random numbers of their own; the others as they were."""
 
     def change(batch: Batches) -> Batches:
@@ -56,7 +57,7 @@ def _repeated_ngrams(seed: int, *, faulty: bool = True) -> Trial:
         row_S = torch.randint(256, (NGRAM,), generator=random).repeat(T // NGRAM + 1)[: T + 1]
         return Tokens(row_S[:-1].expand(B, T), row_S[1:].expand(B, T))
 
-    return Trial(language(seed, change=_spoiled(repeat, _span(ONSET, 3, faulty), seed)), None)
+    return Trial(language(seed, change=spoiled(repeat, span(ONSET, 3, faulty), seed)), None)
 
 
 def _shuffled_targets(seed: int, *, faulty: bool = True) -> Trial:
@@ -64,7 +65,7 @@ def _shuffled_targets(seed: int, *, faulty: bool = True) -> Trial:
         order_N = torch.randperm(batch.targets_BT.numel(), generator=random)
         return batch._replace(targets_BT=batch.targets_BT.flatten()[order_N].view_as(batch.targets_BT))
 
-    return Trial(language(seed, change=_spoiled(shuffle, _span(ONSET, 5, faulty), seed)), None)
+    return Trial(language(seed, change=spoiled(shuffle, span(ONSET, 5, faulty), seed)), None)
 
 
 def _poisoned_shard(seed: int, *, faulty: bool = True) -> Trial:
@@ -77,21 +78,21 @@ def _poisoned_shard(seed: int, *, faulty: bool = True) -> Trial:
         )
         return Tokens(inputs_BT, targets_BT)
 
-    return Trial(language(seed, change=_spoiled(poison, _span(ONSET, 150, faulty), seed)), None)
+    return Trial(language(seed, change=spoiled(poison, span(ONSET, 150, faulty), seed)), None)
 
 
 def _masked_batch(seed: int, *, faulty: bool = True) -> Trial:
     def mask(batch: Tokens, random: torch.Generator) -> Tokens:
         return batch._replace(targets_BT=torch.full_like(batch.targets_BT, IGNORED))
 
-    return Trial(language(seed, change=_spoiled(mask, _span(ONSET, 1, faulty), seed)), None)
+    return Trial(language(seed, change=spoiled(mask, span(ONSET, 1, faulty), seed)), None)
 
 
 def _garbage_labels(seed: int, *, faulty: bool = True) -> Trial:
     def spoil(batch: Curve, random: torch.Generator) -> Curve:
         return batch._replace(y_N1=torch.full_like(batch.y_N1, 6.0))
 
-    return Trial(regression(seed, change=_spoiled(spoil, _span(CURVE_ONSET, 3, faulty), seed)), None)
+    return Trial(regression(seed, change=spoiled(spoil, span(CURVE_ONSET, 3, faulty), seed)), None)
 
 
 def _nan_input(seed: int, *, faulty: bool = True) -> Trial:
@@ -100,19 +101,19 @@ def _nan_input(seed: int, *, faulty: bool = True) -> Trial:
         x_N1[0] = torch.nan
         return batch._replace(x_N1=x_N1)
 
-    return Trial(regression(seed, change=_spoiled(spoil, _span(CURVE_ONSET, 1, faulty), seed)), None)
+    return Trial(regression(seed, change=spoiled(spoil, span(CURVE_ONSET, 1, faulty), seed)), None)
 
 
 # ------------------------------------------------------------------------------------------------ rates, precision
 
 
 def _rate_jump(seed: int, *, faulty: bool = True) -> Trial:
-    high = _span(ONSET, 40, faulty)
+    high = span(ONSET, 40, faulty)
     return Trial(language(seed, rate=lambda step: 30.0 if step in high else 1.0), None)
 
 
 def _scaled_rate(seed: int, *, faulty: bool = True) -> Trial:
-    large = _span(CURVE_ONSET, _FOR_GOOD, faulty)
+    large = span(CURVE_ONSET, FOR_GOOD, faulty)
     work = regression(
         seed,
         batch_size=lambda index: 64 * GROWTH if index in large else 64,
@@ -176,46 +177,6 @@ def _wrong_rate_resume(seed: int, *, faulty: bool = True) -> Trial:
 def _lost_second_moment(seed: int, *, faulty: bool = True) -> Trial:
     work = language(seed, beta2=0.999)
     return Trial(work, disturbances.lost_moments(work.optimizer, step=ONSET) if faulty else None)
-
-
-# ------------------------------------------------------------------------------------------------------- kept apart
-
-
-class Wet(NamedTuple):
-    """A batch, and the share of the embedded channels that its step drops."""
-
-    tokens: Tokens
-    dropped: float
-
-
-def _dropout_jump(seed: int, *, faulty: bool = True) -> Trial:
-    steps = _span(ONSET, 100, faulty)
-
-    def loss(model: nn.Module, batch: Wet) -> Tensor:
-        assert isinstance(model, ByteLM)
-        hook = model.blocks[0].register_forward_pre_hook(lambda _, x: F.dropout(x[0], batch.dropped))
-        try:
-            return F.cross_entropy(model(batch.tokens.inputs_BT).flatten(0, 1), batch.tokens.targets_BT.flatten())
-        finally:
-            hook.remove()
-
-    def drop(batch: Batches) -> Batches:
-        return lambda index: Wet(batch(index), 0.9 if index in steps else 0.0)
-
-    return Trial(language(seed, change=drop, loss=loss), None)
-
-
-def _targets_off_by_one(seed: int, *, faulty: bool = True) -> Trial:
-    def shift(batch: Tokens, random: torch.Generator) -> Tokens:
-        return Tokens(batch.inputs_BT[:, :-1], batch.targets_BT[:, 1:])
-
-    return Trial(language(seed, change=_spoiled(shift, _span(ONSET, _FOR_GOOD, faulty), seed)), None)
-
-
-def _zeroed_gain(seed: int, *, faulty: bool = True) -> Trial:
-    work = language(seed)
-    gain = work.model.get_parameter("norm.weight")
-    return Trial(work, disturbances.zeroed([gain], step=ONSET) if faulty else None)
 
 
 # ------------------------------------------------------------------------------------------------------ specimens
@@ -359,36 +320,4 @@ LOST_SECOND_MOMENT = Specimen(
     steps=STEPS,
     onset=ONSET,
     build=_lost_second_moment,
-)
-
-# Causes for a diagnosis that has only seen the others: no part of the zoo.
-DROPOUT_JUMP = Specimen(
-    name="dropout_jump",
-    kind="planted",
-    cause="C11",
-    about="For 100 steps nine tenths of the embedded channels are dropped: a switch set wrongly, then set back.",
-    source="constructed",
-    steps=STEPS,
-    onset=ONSET,
-    build=_dropout_jump,
-)
-TARGETS_OFF_BY_ONE = Specimen(
-    name="targets_off_by_one",
-    kind="planted",
-    cause="C7",
-    about="From a step on the targets are the bytes after next: a shift made twice, in the data and in the loss.",
-    source="constructed",
-    steps=STEPS,
-    onset=ONSET,
-    build=_targets_off_by_one,
-)
-ZEROED_GAIN = Specimen(
-    name="zeroed_gain",
-    kind="planted",
-    cause="C11",
-    about="The last norm's gain comes back from a checkpoint as zeros, so the logits say nothing until it is relearnt.",
-    source="constructed",
-    steps=STEPS,
-    onset=ONSET,
-    build=_zeroed_gain,
 )

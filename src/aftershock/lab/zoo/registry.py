@@ -6,7 +6,7 @@ Holds no recipe. Imports the files of specimens.
 from __future__ import annotations
 
 from aftershock.config import nearest
-from aftershock.lab.zoo import healthy, planted, spontaneous
+from aftershock.lab.zoo import healthy, planted, spontaneous, unseen
 from aftershock.lab.zoo.specimen import Specimen
 
 ZOO: dict[str, Specimen] = {
@@ -46,9 +46,11 @@ ZOO: dict[str, Specimen] = {
 """What detectors, policies and diagnoses are tuned and measured on."""
 
 UNSEEN: dict[str, Specimen] = {
-    "dropout_jump": planted.DROPOUT_JUMP,
-    "targets_off_by_one": planted.TARGETS_OFF_BY_ONE,
-    "zeroed_gain": planted.ZEROED_GAIN,
+    "dropout_jump": unseen.DROPOUT_JUMP,
+    "targets_off_by_one": unseen.TARGETS_OFF_BY_ONE,
+    "zeroed_gain": unseen.ZEROED_GAIN,
+    "decay_surge": unseen.DECAY_SURGE,
+    "memory_loss": unseen.MEMORY_LOSS,
 }
 """Faults that nothing may be tuned on: for the question what happens with a cause that is not in the zoo."""
 
