@@ -142,10 +142,15 @@ def test_a_rate_fault_moves_the_update_first(make: Build) -> None:
 
 
 def test_no_spike_no_place(struck: Subject, make: Build) -> None:
-    """planted: what does not come back, what begins too soon after the snapshot, and no time at all."""
+    """planted: what comes back as a small rise only, what begins too soon after the snapshot, and no time at all."""
     workload = make()
     given, mended = workload.batch, [False]
-    workload.batch = lambda i: given(i + 500 if mended[0] and 150 <= i < 153 else i)
+
+    def milder(index: int) -> tuple[Tensor, Tensor]:
+        x_B8, y_B1 = given(index)
+        return x_B8, y_B1 - 28.0 if mended[0] and 150 <= index < 153 else y_B1
+
+    workload.batch = milder
     gone = recorded(workload)
     mended[0] = True
     with pytest.raises(ValueError, match="does not come back in the unchanged replay"):

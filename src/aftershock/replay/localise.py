@@ -78,9 +78,10 @@ class Order(NamedTuple):
             "together": "which of them is first is not clear",
         }[self.first]
         gradient, update = (
-            lead_words(None if step is None else self.loss - step) for step in (self.gradient, self.update)
+            "stayed in its band" if step is None else f"left its band {lead_words(self.loss - step)}"
+            for step in (self.gradient, self.update)
         )
-        return f"The norm of the whole gradient moved {gradient}, that of the whole update {update}: {which}."
+        return f"The norm of the whole gradient {gradient}, that of the whole update {update}: {which}."
 
 
 class Places(NamedTuple):

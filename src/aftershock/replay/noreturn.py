@@ -93,8 +93,9 @@ class NoReturn(NamedTuple):
         if turn.last is None:
             return f"{name} does not remove the spike, not even from the snapshot at step {self.start}{_odd(turn)}."
         if turn.last == self.peak:
-            return f"{name} removes the spike from any step up to its peak at step {self.peak}{_odd(turn)}."
-        return f"{name} removes the spike from step {turn.last} on ({self._when(turn.last)}) and no later{_odd(turn)}."
+            return f"{name} removes the spike even if it begins at its peak, step {self.peak}{_odd(turn)}."
+        by = f"step {turn.last} ({self._when(turn.last)})"
+        return f"{name} removes the spike if it begins by {by}, not later{_odd(turn)}."
 
     def _when(self, step: int) -> str:
         before = self.onset - step

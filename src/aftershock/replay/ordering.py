@@ -44,7 +44,8 @@ class First(NamedTuple):
             return f"No {self.level} left its calm band before the peak."
         if self.clear:
             count = f"first in {self.times} of {self.replays} replays, p = {max(self.p.values()):.2g}"
-            return f"Of all {self.level}s {self.place} moved first, {lead_words(self.lead)} ({count})."
+            lead = "though not in the unchanged one" if self.lead is None else lead_words(self.lead)
+            return f"Of all {self.level}s {self.place} moved first, {lead} ({count})."
         if not self.p:
             return f"{self.place} is the only {self.level}, so there is no order."
         more = f" and {len(self.tied) - SHOWN} more" if len(self.tied) > SHOWN else ""
@@ -115,14 +116,12 @@ def needed(count: int) -> int:
     return math.floor(math.log2(max(count - 1, 1) / ALPHA)) + 1
 
 
-def lead_words(lead: int | None) -> str:
+def lead_words(lead: int) -> str:
     """How long before the loss.
 
     >>> lead_words(12)
     '12 steps before the loss'
     """
-    if lead is None:
-        return "never before the peak"
     if lead == 0:
         return "at the same step as the loss"
     return f"{abs(lead)} step{'s' if abs(lead) > 1 else ''} {'before' if lead > 0 else 'after'} the loss"
