@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from aftershock.bench import survival_table, table
+from aftershock.bench import diagnosis_table, survival_table, table
+from aftershock.bench.diagnosis_record import read_diagnoses
 from aftershock.bench.records import checkout_folder, read_record
 from aftershock.bench.survival_record import read_study
 
@@ -23,3 +24,9 @@ def test_the_guard_page_is_the_studys() -> None:
     folder = checkout_folder()
     assert folder is not None
     assert survival_table.markdown(read_study(folder)) in (DOCS / "guard.md").read_text(encoding="utf-8")
+
+
+def test_the_replay_page_is_the_records() -> None:
+    """equivalence: the tables in the docs are those of the record of verdicts."""
+    folder = Path(str(importlib.resources.files("aftershock.bench") / "records"))
+    assert diagnosis_table.markdown(read_diagnoses(folder)) in (DOCS / "replay.md").read_text(encoding="utf-8")

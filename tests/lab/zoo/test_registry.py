@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
+from aftershock.causes import CAUSES
 from aftershock.lab.zoo.labels import Spike, label
 from aftershock.lab.zoo.registry import UNSEEN, ZOO, specimen
-from aftershock.causes import CAUSES
 from aftershock.lab.zoo.specimen import Specimen, Trial
 
 ALL = {**ZOO, **UNSEEN}
