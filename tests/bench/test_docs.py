@@ -28,5 +28,6 @@ def test_the_guard_page_is_the_studys() -> None:
 
 def test_the_replay_page_is_the_records() -> None:
     """equivalence: the tables in the docs are those of the record of verdicts."""
-    folder = Path(str(importlib.resources.files("aftershock.bench") / "records"))
+    folder = checkout_folder()
+    assert folder is not None
     assert diagnosis_table.markdown(read_diagnoses(folder)) in (DOCS / "replay.md").read_text(encoding="utf-8")
