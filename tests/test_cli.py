@@ -110,6 +110,10 @@ FLAGS = {
     "sensitivity": {"--l0", "--json"},
     "detect": {"--rule", "--signals", "--json", "--follow"},
     "claims": {"--run", "--out", "--processes", "--json"},
+    "replay": {
+        *("--workload", "--cells", "--minutes", "--parts", "--processes", "--seed", "--snapshot", "--anyway"),
+        *("--json", "--out"),
+    },
     "bench": {"--out", "--rerun", "--specimens", "--policies", "--seeds", "--processes", "--json"},
 }
 

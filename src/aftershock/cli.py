@@ -17,6 +17,7 @@ import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 from aftershock.bench.command import Bench
+from aftershock.replay.command import Chosen, Replay
 from aftershock.signals.detect.command import Detect
 
 if TYPE_CHECKING:
@@ -206,6 +207,7 @@ COMMANDS = {
     "detect": Detect,
     "claims": Claims,
     "bench": Bench,
+    "replay": Replay,
 }
 
 
@@ -220,6 +222,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from aftershock.report.survival import write_survival_page
 
             return command.run(write_detectors_page, write_survival_page)
+        if isinstance(command, Replay):
+            from aftershock.report.replay import write_replay_page
+
+            return command.run(write_replay_page, _specimen)
         return command.run()
     except (ValueError, OSError) as error:
         print(f"aftershock: {error}", file=sys.stderr)
@@ -234,6 +240,23 @@ def _assignment(text: str) -> tuple[str, str]:
     if not equals:
         raise ValueError(f"--set takes path=value, got {text!r}")
     return path, value
+
+
+def _specimen(name: str, seed: int) -> Chosen:
+    """The first spike of a specimen of the zoo, for a replay."""
+    import torch
+
+    from aftershock.bench.diagnosis import capture
+    from aftershock.lab.zoo.registry import specimen
+
+    chosen = specimen(name)
+    if chosen.kind == "healthy":
+        raise ValueError(f"{name} is a healthy specimen: it has no spike to explain")
+    torch.set_num_threads(1)  # as in the replays: the last bits of a sum may depend on it
+    subject = capture(chosen, seed)
+    if subject is None:
+        raise ValueError(f"{name} does not spike with seed {seed}; try another --seed")
+    return Chosen(subject, None, f"{name}: {chosen.about} Known cause: {chosen.cause}.")
 
 
 def _sweep_and_report(

@@ -1,4 +1,5 @@
-"""`aftershock bench`: the benchmark of detectors and the fault injection study, from the record or run again.
+"""`aftershock bench`: the benchmarks of detectors and of verdicts and the fault injection study, from the record or
+anew.
 
 The pages are the report's, which this room may not import: whoever runs the command hands their writers in.
 """
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from tyro.conf import Positional, arg
 
 if TYPE_CHECKING:
+    from aftershock.bench.diagnosis_record import Diagnoses
     from aftershock.bench.records import Record
     from aftershock.bench.survival_record import Study
 
@@ -27,8 +29,8 @@ WriteStudyPage = Callable[["Study", Path], Path]
 class Bench:
     """What detectors or policies are worth on runs whose trouble is known: the record, or all of it again."""
 
-    what: Positional[Literal["detectors", "guard"]]
-    """The benchmark of detectors, or the fault injection study of the guard's policies."""
+    what: Positional[Literal["detectors", "guard", "replay"]]
+    """The benchmark of detectors, the fault injection study of the guard's policies, or the benchmark of verdicts."""
     out: Path = Path("out/bench")
     """Folder for the page, and with --rerun for runs and record; an interrupted run goes on from there."""
     rerun: bool = False
@@ -38,7 +40,7 @@ class Bench:
     policies: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
     """Guard only: these policies, or all, on every specimen; such a record stays in --out."""
     seeds: int | None = None
-    """So many seeds of each specimen: 10 for detectors, half of them for tuning; 5 for the guard."""
+    """So many seeds of each specimen: 10 for detectors, half of them for tuning; 5 for the guard; 3 for replays."""
     processes: int = 2
     """Worker processes of one thread each."""
     json: bool = False
@@ -50,6 +52,8 @@ class Bench:
             return self._guard(write_study_page)
         if self.policies:
             raise ValueError("--policies is for the guard: aftershock bench guard")
+        if self.what == "replay":
+            return self._replay()
         from aftershock.bench.records import read_record
         from aftershock.bench.table import print_record, record_json
 
@@ -75,6 +79,41 @@ class Bench:
         if page is not None:
             sys.stdout.write(f"\npage: {page}\n")
         return 0
+
+    def _replay(self) -> int:
+        from aftershock.bench.diagnosis_record import read_diagnoses
+        from aftershock.bench.diagnosis_table import diagnoses_json, print_diagnoses
+
+        record = self._diagnoses_again() if self.rerun else read_diagnoses(self.out)
+        if self.json:
+            sys.stdout.write(diagnoses_json(record) + "\n")
+        else:
+            print_diagnoses(record)
+        return 0
+
+    def _diagnoses_again(self) -> Diagnoses:
+        from aftershock.bench.diagnosis import JUDGED, diagnose_zoo
+        from aftershock.bench.diagnosis_record import make_record, write_diagnoses
+        from aftershock.bench.records import checkout_folder
+        from aftershock.lab.zoo.registry import UNSEEN
+
+        count = len(JUDGED) if self.seeds is None else self.seeds
+        if not 1 <= count <= 7:
+            raise ValueError(f"seeds must be 1 to 8, got {count}: three of the ten built the signature matrix")
+        found = diagnose_zoo(
+            self.out,
+            specimens=self.specimens,
+            seeds=range(JUDGED[0], JUDGED[0] + count),
+            processes=self.processes,
+            on_progress=_Lines("incidents judged"),
+        )
+        command = f"aftershock bench replay --rerun{'' if self.seeds is None else f' --seeds {self.seeds}'}"
+        record = make_record(found, unseen=tuple(UNSEEN), command=command)
+        write_diagnoses(self.out, record)
+        own = checkout_folder()
+        if own is not None and not self.specimens:
+            write_diagnoses(own, record)
+        return record
 
     def _study_again(self) -> Study:
         from aftershock.bench.records import checkout_folder

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from aftershock.bench.survival import DEFAULT
 from aftershock.bench.survival_record import ALL, Row, Study
-from aftershock.bench.table import wide_console
+from aftershock.store.console import wide_console
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from aftershock.bench.records import Record, Row
 from aftershock.bench.words import headline, standing
 from aftershock.signals.detect.registry import OURS
+from aftershock.store.console import wide_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,8 +25,6 @@ SHORT = {
     "curvature/all/directional": "curvature",
 }
 """Signals as the table names them."""
-PIPE_WIDTH = 160
-"""Columns of a pipe or a file, which has no width of its own: the tables fit."""
 MANY = 3
 """Signals from which on their number is shown."""
 
@@ -76,14 +75,6 @@ def record_json(record: Record) -> str:
         "standing": standing(record)._asdict(),
     }
     return json.dumps(data, indent=1, allow_nan=False)
-
-
-def wide_console() -> Console:
-    """The terminal as it is; a pipe or a file as wide as the tables are."""
-    from rich.console import Console
-
-    out = Console()
-    return out if out.is_terminal else Console(width=PIPE_WIDTH)
 
 
 def print_record(record: Record, *, console: Console | None = None) -> None:

@@ -115,7 +115,9 @@ def _next(incident: Incident) -> str:
     if incident.snapshot is not None:
         folder = shlex.quote(str(incident.folder.absolute()))
         lines.append(
-            f"- Find out why, by running it again with one thing changed at a time: `aftershock replay {folder}`"
+            "- Find out why, by running it again with one thing changed at a time: "
+            f"`aftershock replay {folder} --workload FILE.py:build`, where `build()` in FILE.py makes model, "
+            "optimizer, batches and loss as this run did (`aftershock replay --help` shows one)"
         )
     lines += ["- Look at it in Python:", "", "```python", *_snippet(incident), "```"]
     return "\n".join(lines)
