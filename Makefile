@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: help demo test format lint types tests examples docs studies bench fmt clean
 
 help:
-	@echo 'make demo      draw a stability map on this machine: a table here and a page that opens offline'
+	@echo 'make demo      draw a stability map and explain a spike on this machine: tables here, pages that open offline'
 	@echo 'make test      the gate: format, lint, types, tests, examples, docs (what CI runs)'
 	@echo 'make studies   rerun the recorded studies behind the claims'
 	@echo 'make bench     measure speed against plain PyTorch loops'

@@ -17,18 +17,23 @@ import tyro
 from tyro.conf import Positional, UseAppendAction, arg
 
 from aftershock.bench.command import Bench
+from aftershock.forecast.command import Fit
 from aftershock.replay.command import Chosen, Replay
 from aftershock.signals.detect.command import Detect
 
 if TYPE_CHECKING:
     from aftershock.lab.sweep import SweepSpec
+    from aftershock.replay.explain import Explanation
 
 USER_ERROR, FAILED = 2, 1
+DEMO_SPIKE = "lag_99"
+"""The specimen whose spike the demo explains: seconds to train, and spontaneous."""
 
 
 @dataclass(frozen=True)
 class Demo:
-    """Draw a stability map on the embedded corpus: loss against rate, two sizes, with and without qk-layernorm."""
+    """Draw a stability map on the embedded corpus (loss against rate, two sizes, with and without qk-layernorm), then
+    train a net until it spikes by itself, replay the spike with one thing changed at a time, and say what made it."""
 
     out: Path = Path("out/demo")
     """Study folder; run the demo again to finish an interrupted one."""
@@ -38,7 +43,10 @@ class Demo:
     def run(self) -> int:
         from aftershock.lab.presets import demo
 
-        return _sweep_and_report(demo(), self.out, self.processes, report=True)
+        status = _sweep_and_report(demo(), self.out, self.processes, report=True)
+        print(f"\nA run that spikes by itself ({DEMO_SPIKE}), and why:", flush=True)
+        explained = Replay(f"zoo:{DEMO_SPIKE}", out=self.out / "replay", processes=self.processes or 2)
+        return explained.run(_replay_page, _specimen) or status
 
 
 @dataclass(frozen=True)
@@ -208,6 +216,7 @@ COMMANDS = {
     "claims": Claims,
     "bench": Bench,
     "replay": Replay,
+    "fit": Fit,
 }
 
 
@@ -223,9 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return command.run(write_detectors_page, write_survival_page)
         if isinstance(command, Replay):
-            from aftershock.report.replay import write_replay_page
-
-            return command.run(write_replay_page, _specimen)
+            return command.run(_replay_page, _specimen)
         return command.run()
     except (ValueError, OSError) as error:
         print(f"aftershock: {error}", file=sys.stderr)
@@ -240,6 +247,13 @@ def _assignment(text: str) -> tuple[str, str]:
     if not equals:
         raise ValueError(f"--set takes path=value, got {text!r}")
     return path, value
+
+
+def _replay_page(explanation: Explanation, folder: Path) -> Path:
+    """Imports the page only when there is something to write."""
+    from aftershock.report.replay import write_replay_page
+
+    return write_replay_page(explanation, folder)
 
 
 def _specimen(name: str, seed: int) -> Chosen:

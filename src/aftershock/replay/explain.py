@@ -157,6 +157,7 @@ class _Explaining:
         results: list[CellResult] = []
         if controls.came_back:
             results = self._grid("cells", wanted)
+        subject.restore()  # a cell that ran in this process has left settings of its own
         answered = {r.name: r.response(base) for r in results}
         responses = {name: response for name, response in answered.items() if response is not None}
         shams = [responses[r.name] for r in results if r.family == "sham" and r.name in responses]
