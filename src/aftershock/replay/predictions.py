@@ -66,7 +66,7 @@ def _logits_in(output: Any) -> Tensor:
 
 
 class View(NamedTuple):
-    """One look, per prediction; float64 on the host."""
+    """One look, per prediction; float64 on the host. `logp` of the first look only, with which others are compared."""
 
     logp: tuple[Tensor, ...]
     loss_N: Tensor
@@ -99,17 +99,15 @@ class Asking:
         self.sequences = found[0].ndim == 2
         self.notes = () if self.sequences else ("no sequences: nothing by position, and no bigram",)
         whole = [_flat(target) for target in found]
-        num = sum(int((one.target_N >= 0).sum()) for one in whole)
-        most = max(1, CELLS // self.vocabulary)
-        self.notes += (f"{most} of {num} predictions are asked for, evenly spread",) if num > most else ()
-        chosen = iter(torch.isin(torch.arange(num), torch.linspace(0, num - 1, most).long()) if num > most else ())
-        self._rows, kept = [], list[Flat]()
-        for one in whole:
-            rows = (one.target_N >= 0).nonzero().squeeze(1)
-            if num > most:
-                rows = rows[torch.tensor([bool(next(chosen)) for _ in rows], dtype=torch.bool)]
-            self._rows.append(rows)
-            kept.append(Flat(*(values[rows] for values in one)))
+        self._rows = [(one.target_N >= 0).nonzero().squeeze(1) for one in whole]
+        num, most = sum(map(len, self._rows)), max(1, CELLS // self.vocabulary)
+        if num > most:
+            self.notes += (f"{most} of {num} predictions are asked for, evenly spread",)
+            chosen = torch.zeros(num, dtype=torch.bool)
+            chosen[torch.linspace(0, num - 1, most).long()] = True
+            pieces = chosen.split([len(rows) for rows in self._rows])
+            self._rows = [rows[piece] for rows, piece in zip(self._rows, pieces, strict=True)]
+        kept = [[values[rows] for values in one] for one, rows in zip(whole, self._rows, strict=True)]
         self.flat = Flat(*(torch.cat(values) for values in zip(*kept, strict=True)))
         self.num = len(self.flat.target_N)
 

@@ -251,7 +251,8 @@ class _Batches:
     ) -> None:
         self._incident, self._workload = incident, workload
         self._kept = {batch_id for batch_id in incident.batch_ids if batch_id >= recorded.ids.get(start, 0)}
-        self._stride = _stride(recorded.ids, workload.accumulate)
+        # From all rows: with the snapshot at the onset the recorded ones may be a single row.
+        self._stride = _stride({r.step: r.batch_id for r in incident.rows if r.taken}, workload.accumulate)
         self._start = start
         self.indices = {step: batch_id // self._stride for step, batch_id in recorded.ids.items()}
         self._copies: set[int] = set()

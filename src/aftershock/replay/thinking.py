@@ -86,9 +86,11 @@ class Point(NamedTuple):
 
 class Thinking(NamedTuple):
     """What was believed. `points`: "before" (no suspect batch was trained on), "onset", "peak", "half-way" down,
-    "after"; two of one step are equal but for the name. `notes`: what is left out.
+    "after"; two of one step are equal but for the name. `notes`: what is left out, and what speaks against it.
 
-    `kind`, from entropy H, KL to the unigram K and agreement A at the peak, with 0 for before and U the unigram:
+    `kind`, from entropy H, KL to the unigram K and agreement A at the worst point of the spike, `judged`: the one of
+    onset, peak and half-way with the highest loss on the calm batches. (At the peak itself a bad batch has only been
+    met, not been trained on.) With 0 for before and U for the unigram:
 
     - "nothing": H > H0, and H >= H0 + (H_U - H0) / 2 with K < K0, or H >= H0 + (ln V - H0) / 2: it fell back towards
       the frequencies, or towards no preference at all
@@ -99,6 +101,7 @@ class Thinking(NamedTuple):
 
     kind: Kind
     verdict: str
+    judged: str
     points: tuple[Point, ...]
     unigram_entropy: float
     vocabulary: int
@@ -150,49 +153,55 @@ def thinking(
     ask = Asking(model, asked, *reading(model, asked[0], logits, targets))
     counts = Counts([target for step in _counted(subject) for target in map(ask.targets, _parts(subject, step))], ask)
     notes += ask.notes
-    run, at, views = subject.run(), window.start, dict[int, View]()
-    wanted = _wanted(subject)
-    reach = math.inf if subject.stop is None else subject.stop
-    for step in sorted({step for step in wanted.values() if step <= reach}):
-        for taken in take_steps(run, at, step):
-            at = taken.step + 1
-            if time.monotonic() >= deadline:
-                break
-        if at < step or time.monotonic() >= deadline:
-            break
-        views[step] = ask.view(counts, next(iter(views.values()), None))
-    left_out = [name for name, step in wanted.items() if step not in views]
-    notes += [f"left out, since there was no time or no batch: {', '.join(left_out)}"] if left_out else []
-    first = next(iter(views.values()), None)
-    points = tuple(
-        _point(name, step, views[step], first or views[step], ask, counts, decode)
-        for name, step in wanted.items()
-        if step in views
-    )
-    kind, words = _verdict({point.name: point for point in points}, counts.entropy, math.log(ask.vocabulary))
-    return Thinking(kind, words, points, counts.entropy, ask.vocabulary, ask.num, int(counts.total), tuple(notes))
-
-
-# --------------------------------------------------------------------------------------------- steps and their batches
-
-
-def _wanted(subject: Subject) -> dict[str, int]:
-    """Steps to stop before, in order of time."""
-    window = subject.window
-    before = calm(window).stop
-    return {
-        "before": before,
+    wanted = {
+        "before": steps.stop,
         "onset": window.onset,
         "peak": window.peak,
         "half-way": _half_way(subject, window),
         "after": window.end,
     }
+    views, came_back = _views(subject, ask, counts, sorted(set(wanted.values())), deadline)
+    left_out = [name for name, step in wanted.items() if step not in views]
+    notes += [f"left out, since there was no time or no batch: {', '.join(left_out)}"] if left_out else []
+    points = tuple(
+        _point(name, step, views[step], views[steps.stop], ask, counts, decode)
+        for name, step in wanted.items()
+        if step in views
+    )
+    notes += [] if came_back else ["this replay does not have the spike: what it shows is a calm run"]
+    kind, words, judged = _verdict({point.name: point for point in points}, counts.entropy, math.log(ask.vocabulary))
+    totals = (counts.entropy, ask.vocabulary, ask.num, int(counts.total))
+    return Thinking(kind, words, judged, points, *totals, tuple(notes))
+
+
+# --------------------------------------------------------------------------------------------- steps and their batches
+
+
+def _views(
+    subject: Subject, ask: Asking, counts: Counts, steps: Sequence[int], deadline: float
+) -> tuple[dict[int, View], bool]:
+    """By step, as far as time and batches reach; the first is what the others are compared with. And whether the loss
+    rose as in the recording, as far as it got."""
+    found: dict[int, View] = {}
+    run, at, base, highest = subject.run(), subject.window.start, subject.baseline, -math.inf
+    for step in steps:
+        if subject.stop is not None and step > subject.stop:
+            break
+        for taken in take_steps(run, at, step):
+            at, highest = taken.step + 1, max(highest, base.excess(taken.loss))
+            if time.monotonic() >= deadline:
+                break
+        if at < step or time.monotonic() >= deadline:
+            break
+        found[step] = ask.view(counts, next(iter(found.values()), None))
+    return found, highest >= base.threshold or at <= subject.window.peak
 
 
 def _half_way(subject: Subject, window: Window) -> int:
     """The first step after the peak whose recorded excess is at most half the peak's; of one that was not finite, the
     first that is; where the record does not tell, the middle."""
-    excess = {step: subject.baseline.excess(loss) for step, loss in subject.recorded.items()}
+    base = subject.baseline
+    excess = {step: base.excess(loss) for step, loss in subject.recorded.items() if window.peak <= step < window.end}
     peak = excess.get(window.peak, math.nan)
     for step in range(window.peak + 1, window.end):
         here = excess.get(step, math.inf)
@@ -205,7 +214,7 @@ def _counted(subject: Subject) -> range:
     """Calm steps whose targets are counted; before the snapshot only where the workload has their batches."""
     steps = calm(subject.window)
     first = max(0, steps.stop - COUNTED)
-    return range(steps.start if subject.stop is not None else min(steps.start, first), steps.stop)
+    return range(first if subject.stop is None else max(steps.start, first), steps.stop)
 
 
 def _parts(subject: Subject, step: int) -> list[Any]:
@@ -282,13 +291,16 @@ def _mean(values: Tensor) -> float:
     return values.mean().item() if len(values) else math.nan
 
 
-def _verdict(points: Mapping[str, Point], unigram: float, uniform: float) -> tuple[Kind, str]:
-    """By the rule that `Thinking` states, in one sentence."""
+def _verdict(points: Mapping[str, Point], unigram: float, uniform: float) -> tuple[Kind, str, str]:
+    """By the rule that `Thinking` states: the kind, one sentence, and the point it is of."""
     if "before" not in points or "peak" not in points:
-        return "unknown", "Not known: the peak of the spike was not reached."
-    old, new = points["before"], points["peak"]
+        return "unknown", "Not known: the peak of the spike was not reached.", ""
+    old = points["before"]
+    spike = [points[name] for name in ("onset", "peak", "half-way") if name in points]
+    new = max(spike, key=lambda point: (point.finite < 1, point.loss))
+    at = f"At its worst ({new.name}, step {new.step})"
     if new.finite < 1:
-        return "not finite", f"At the peak {1 - new.finite:.0%} of its predictions are no numbers."
+        return "not finite", f"{at} {1 - new.finite:.0%} of its predictions are no numbers.", new.name
     half = old.entropy + HALF * (unigram - old.entropy)
     blank = old.entropy + HALF * (uniform - old.entropy)
     numbers = (
@@ -297,9 +309,9 @@ def _verdict(points: Mapping[str, Point], unigram: float, uniform: float) -> tup
     )
     back = new.entropy >= half and new.from_unigram < old.from_unigram
     if new.entropy > old.entropy and (back or new.entropy >= blank):
-        return "nothing", f"At the peak it believed nothing much any more: {numbers}."
+        return "nothing", f"{at} it believed nothing much any more: {numbers}.", new.name
     if new.agreement >= HALF:
-        return "much the same", f"At the peak it believed much the same as before: {numbers}."
+        return "much the same", f"{at} it believed much the same as before: {numbers}.", new.name
     if new.entropy < half:
-        return "something else", f"At the peak it believed something else, rather than nothing: {numbers}."
-    return "mixed", f"At the peak it was both less sure and of another mind: {numbers}."
+        return "something else", f"{at} it believed something else, rather than nothing: {numbers}.", new.name
+    return "mixed", f"{at} it was both less sure and of another mind: {numbers}.", new.name
