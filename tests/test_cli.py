@@ -114,6 +114,7 @@ FLAGS = {
         *("--workload", "--cells", "--minutes", "--parts", "--processes", "--seed", "--snapshot", "--anyway"),
         *("--json", "--out"),
     },
+    "fit": {"--cutoff", "--at", "--task", "--json"},
     "bench": {"--out", "--rerun", "--specimens", "--policies", "--seeds", "--processes", "--json"},
 }
 
