@@ -114,6 +114,8 @@ FLAGS = {
         *("--workload", "--cells", "--minutes", "--parts", "--processes", "--seed", "--snapshot", "--anyway"),
         *("--json", "--out"),
     },
+    "forecast": {"--to", "--arm", "--lr", "--json"},
+    "plan": {"--to", "--budget", "--arm", "--json"},
     "fit": {"--cutoff", "--at", "--task", "--json"},
     "bench": {"--out", "--rerun", "--specimens", "--policies", "--seeds", "--processes", "--json"},
 }

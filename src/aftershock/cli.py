@@ -18,6 +18,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from aftershock.bench.command import Bench
 from aftershock.forecast.command import Fit
+from aftershock.forecast.console import Forecast, Plan
 from aftershock.replay.command import Chosen, Replay
 from aftershock.signals.detect.command import Detect
 
@@ -216,6 +217,8 @@ COMMANDS = {
     "claims": Claims,
     "bench": Bench,
     "replay": Replay,
+    "forecast": Forecast,
+    "plan": Plan,
     "fit": Fit,
 }
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import pytest
 
 from aftershock.claims.catalog import find_claim
-from aftershock.claims.claim import RunResult, Signal
+from aftershock.claims.claim import RunResult, Signal, Trial
 from aftershock.lab.sizes import parse_size
 
 L0 = 6.4
@@ -24,7 +24,7 @@ def plant() -> Plant:
 
     def build(claim_id: str, loss: Loss, signals: Signals | None = None) -> list[RunResult]:
         trial = find_claim(claim_id).trial
-        assert trial is not None
+        assert isinstance(trial, Trial)
         sweep = trial.sweep
         runs = []
         for size, arm, lr, seed in itertools.product(sweep.sizes, sweep.arms, sweep.lrs, sweep.seeds):

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from aftershock.claims.catalog import CLAIMS, choose_claims, find_claim
-from aftershock.claims.claim import Claim
+from aftershock.claims.claim import Claim, LineTrial, Trial
+from aftershock.claims.study import STUDIES
 from aftershock.lab.sweep import expand
 
 DOCS = Path(__file__).parents[2] / "docs" / "claims.md"
 STUDIED = [claim for claim in CLAIMS if claim.trial]
+SWEPT = [claim for claim in STUDIED if isinstance(claim.trial, Trial)]
 MS = {"16x2": 1.5, "32x2": 5, "48x2": 7, "64x2": 9.5, "96x2": 20, "32x4": 10, "32x8": 20}
 """Milliseconds a step of one run of 8 x 64 tokens on one core, roughly, by size."""
 
@@ -30,9 +32,18 @@ def test_contract_of_an_entry(claim: Claim) -> None:
 
 
 @pytest.mark.parametrize("claim", STUDIED, ids=lambda claim: claim.id)
-def test_contract_of_a_study(claim: Claim) -> None:
-    """Every run of the grid is possible; three seeds or more; the paper's ladder or its high end; its docstring."""
+def test_contract_of_a_criterion(claim: Claim) -> None:
+    """Its docstring begins with the claim's id; lines come from a study that there is."""
     assert claim.trial is not None
+    assert (claim.trial.criterion.__doc__ or "").startswith(f"{claim.id}: ")
+    if isinstance(claim.trial, LineTrial):
+        assert claim.trial.study in STUDIES
+
+
+@pytest.mark.parametrize("claim", SWEPT, ids=lambda claim: claim.id)
+def test_contract_of_a_study(claim: Claim) -> None:
+    """Every run of the grid is possible; three seeds or more; the paper's ladder or its high end."""
+    assert isinstance(claim.trial, Trial)
     sweep = claim.trial.sweep
     assert sweep.name == claim.id
     assert len(sweep.seeds) >= 3
@@ -40,7 +51,6 @@ def test_contract_of_a_study(claim: Claim) -> None:
     planned = expand(sweep)
     assert {item.ref.size for item in planned} == set(sweep.sizes)  # labels are names: criteria go by them
     assert {item.config.data for item in planned} == {planned[0].config.data}
-    assert (claim.trial.criterion.__doc__ or "").startswith(f"{claim.id}: ")
 
 
 def test_ids_are_unique_and_all_there() -> None:
@@ -48,7 +58,9 @@ def test_ids_are_unique_and_all_there() -> None:
     assert len(set(ids)) == len(ids) == 51
     counts = {"P": 17, "S": 5, "H": 8, "G": 5, "L": 3, "D": 3, "E": 4, "R": 3, "T": 1, "M": 1, "I": 1}
     assert {letter: sum(i[0] == letter for i in ids) for letter in counts} == counts
-    assert [c.id for c in STUDIED] == [f"P{n}" for n in (1, 2, 3, 6, 7, 8, 9, 10, 13, 14, 15, 16, 17)]
+    assert [c.id for c in SWEPT] == [f"P{n}" for n in (1, 2, 3, 6, 7, 8, 9, 10, 13, 14, 15, 16, 17)]
+    spikes = [c.id for c in STUDIED if c not in SWEPT]
+    assert spikes == [*(f"S{n}" for n in range(5)), *(f"H{n}" for n in range(1, 9))]
 
 
 def test_choosing() -> None:
@@ -66,8 +78,8 @@ def test_studies_share_runs_and_cost_what_the_documents_say() -> None:
     """contract: docs/claims.md has a row a study; all of them together stay within 50 core-minutes."""
     seen: set[str] = set()
     rows: dict[str, tuple[int, int, int]] = {}
-    for claim in STUDIED:
-        assert claim.trial is not None
+    for claim in SWEPT:
+        assert isinstance(claim.trial, Trial)
         planned = expand(claim.trial.sweep)
         new = [item for item in planned if item.ref.run_id not in seen]
         seen |= {item.ref.run_id for item in planned}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from aftershock.claims.catalog import find_claim
-from aftershock.claims.claim import Judgement, RunResult
+from aftershock.claims.claim import Judgement, RunResult, Trial
 from aftershock.claims.criteria import DEPTH_FAMILY, MUP
 from aftershock.lab.sizes import parse_size
 
@@ -130,7 +130,7 @@ PLANTED: list[tuple[str, str, Loss]] = [
 
 def judged(claim_id: str, runs: list[RunResult]) -> Judgement:
     trial = find_claim(claim_id).trial
-    assert trial is not None
+    assert isinstance(trial, Trial)
     return trial.criterion(runs)
 
 

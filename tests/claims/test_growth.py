@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import pytest
 
 from aftershock.claims.catalog import find_claim
-from aftershock.claims.claim import Judgement, RunResult
+from aftershock.claims.claim import Judgement, RunResult, Trial
 from aftershock.claims.growth import ABS_LOG_Z, K_NORM, LOGIT, NEITHER, Q_NORM, Z_ONLY
 
 Loss = Callable[[str, str, float, int], float | None]
@@ -87,7 +87,7 @@ PLANTED: list[tuple[str, str, Loss, Signals]] = [
 
 def judged(claim_id: str, runs: list[RunResult]) -> Judgement:
     trial = find_claim(claim_id).trial
-    assert trial is not None
+    assert isinstance(trial, Trial)
     return trial.criterion(runs)
 
 

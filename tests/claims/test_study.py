@@ -11,7 +11,7 @@ import pytest
 
 from aftershock.claims import study
 from aftershock.claims.catalog import find_claim
-from aftershock.claims.claim import Claim
+from aftershock.claims.claim import Claim, Trial
 from aftershock.claims.records import read_records
 from aftershock.config import override
 from aftershock.lab.sweep import OnProgress, SweepProgress
@@ -29,7 +29,7 @@ SHORT = {
 def tiny(claim_id: str) -> Claim:
     """The claim with a study of ten steps: width 16, two rates, two seeds."""
     claim = find_claim(claim_id)
-    assert claim.trial is not None
+    assert isinstance(claim.trial, Trial)
     sweep = claim.trial.sweep
     sweep = dataclasses.replace(
         sweep, base=override(sweep.base, SHORT), sizes=("16x1",), lrs=(1e-2, 3e-2), seeds=(0, 1)
@@ -87,7 +87,7 @@ def test_one_claim_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypat
 
 
 def test_a_mistake_trains_nothing(tmp_path: Path) -> None:
-    for ids, words in ((["P1", "P99"], "unknown claim 'P99'"), (["P1", "S1"], "S1 has no study yet")):
+    for ids, words in ((["P1", "P99"], "unknown claim 'P99'"), (["P1", "P4"], "P4 has no study yet")):
         with pytest.raises(ValueError, match=words):
             study.judge_all(ids, tmp_path / "out")
     assert not (tmp_path / "out").exists()

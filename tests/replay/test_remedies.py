@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 
@@ -52,6 +53,7 @@ def test_policies_named_are_policies_there_are(name: str) -> None:
     text = policy_for(name, 1e-8)
     called, _, settings = text.partition("(")
     kinds = {kind.__name__: kind for kind in policies.POLICIES.values()}
-    fields = {field.name for field in dataclasses.fields(kinds[called])}
+    kind: Any = kinds[called]
+    fields = {field.name for field in dataclasses.fields(kind)}
     names = [part.partition("=")[0].strip() for part in settings.rstrip(")").split(", ") if "=" in part]
     assert set(names) <= fields

@@ -1,6 +1,6 @@
 """What a claim is: a published statement, a criterion fixed before any run, and perhaps the study that judges it.
 
-Pure data; a criterion is a function from the results of a study's runs to a `Judgement`. Must not import torch.
+Pure data; a criterion is a function from what a study found to a `Judgement`. Must not import torch.
 """
 
 from __future__ import annotations
@@ -64,6 +64,18 @@ class Trial:
     signals: tuple[str, ...] = ()
 
 
+Line = Mapping[str, Any]
+"""One piece of evidence as it lies in a study's JSON lines; it has an `id`, a `seed` and its core-`seconds`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LineTrial:
+    """How a claim is judged on the JSON lines of a study, a key of `study.STUDIES`, which other claims may share."""
+
+    study: str
+    criterion: Callable[[Sequence[Line]], Judgement]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Claim:
     """A statement made in public. A criterion that changes raises `version`; all versions stay on record."""
@@ -73,7 +85,7 @@ class Claim:
     statement: str
     criterion: str
     version: int = 1
-    trial: Trial | None = None
+    trial: Trial | LineTrial | None = None
 
 
 class Record(NamedTuple):
