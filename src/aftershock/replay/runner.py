@@ -49,8 +49,8 @@ GRACE_S = 10.0
 
 class CellResult(NamedTuple):
     """One replay as it ran. `losses`, `grad_norms` (before clipping), `updates` (lengths of the weights' change) and
-    `rates` (the schedule's) are by step from `first` on; the cell acted from step `since` on. `error` is what went wrong,
-    "" where nothing did.
+    `rates` (the schedule's) are by step from `first` on; the cell acted from step `since` on. `error` is what went
+    wrong, "" where nothing did.
 
     `distance`: from the weights at the snapshot to those at the end (not where an edit changed their shapes: nan).
     """
