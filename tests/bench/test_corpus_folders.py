@@ -9,7 +9,7 @@ import pytest
 
 from aftershock.bench.corpus import LOSS, is_trained, read_trace, run_folder, train_corpus
 from aftershock.bench.scoring import HORIZON, Target
-from aftershock.bench.workers import worker_pool
+from aftershock.lab.workers import worker_pool
 from aftershock.lab.zoo.specimen import Kind, Specimen, Trial
 from aftershock.store.writer import RunWriter
 

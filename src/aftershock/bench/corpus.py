@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from aftershock.bench.scoring import GRACE, HORIZON, Target
-from aftershock.bench.workers import worker_pool
+from aftershock.lab.workers import worker_pool
 from aftershock.store.folder import CONFIG
 from aftershock.store.reader import RunReader
 

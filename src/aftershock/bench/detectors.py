@@ -36,7 +36,7 @@ from aftershock.bench.records import CurvePoint, Record, Rival, Row, Span, Trait
 from aftershock.bench.scoring import LEADS, Tally, catchable, num_healthy_steps
 from aftershock.bench.sweeps import SWEEPS
 from aftershock.bench.tuning import JUDGED, Choice, Half, choose, judge
-from aftershock.bench.workers import worker_pool
+from aftershock.lab.workers import worker_pool
 from aftershock.signals.detect.registry import DETECTORS, OURS
 from aftershock.store.environment import describe_environment
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aftershock.bench.corpus import Progress
-from aftershock.bench.workers import worker_pool
+from aftershock.lab.workers import worker_pool
 from aftershock.store.folder import JsonLines, disk_errors, read_lines, to_json
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from aftershock.bench.corpus import SCORING_SEEDS, TUNING_SEEDS, Progress
 from aftershock.bench.survival import DEFAULT, Job, full_grid, judge, reduced_grid
 from aftershock.bench.survival_record import Study, rows_of
 from aftershock.bench.survival_run import Ended, Happened, train
-from aftershock.bench.workers import worker_pool
 from aftershock.config import nearest
+from aftershock.lab.workers import worker_pool
 from aftershock.store.environment import describe_environment
 from aftershock.store.folder import JsonLines, disk_errors, read_lines, to_json
 

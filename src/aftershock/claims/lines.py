@@ -6,17 +6,13 @@ Lines that were written with other code are not used. Must not import torch at t
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import os
-import sys
-import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing.connection import wait
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import TypeVar
 
 from aftershock.claims.claim import Line
+from aftershock.lab.workers import worker_pool
 from aftershock.store.folder import FolderLock, JsonLines, disk_errors, read_lines, to_json
 
 Job = TypeVar("Job")
@@ -116,8 +112,7 @@ def _work_missing(
 def _in_workers(
     jobs: Mapping[str, Job], work: Callable[[Job], Line], processes: int, keep: Callable[[str, Line], None]
 ) -> None:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(jobs)), mp_context=context, initializer=_prepare) as pool:
+    with worker_pool(min(processes, len(jobs))) as pool:
         waiting = {pool.submit(work, job): name for name, job in jobs.items()}
         try:
             for future in as_completed(waiting):
@@ -125,21 +120,3 @@ def _in_workers(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _prepare() -> None:
-    """In a worker: one thread, and an end when the process that started it ends, however that is."""
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[name] = "1"  # before a job loads torch
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_with(sentinel: int) -> None:
-    """A parent that is killed closes no pool: its workers would wait for it for ever."""
-    wait([sentinel])
-    os._exit(1)
