@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from aftershock.replay.explain import PARTS, Explanation, replay
+from aftershock.replay.explain import PARTS, Explanation, _Explaining, replay
 from aftershock.replay.recording import record
 from aftershock.replay.subject import Subject
 from aftershock.workload import Workload
@@ -45,8 +45,18 @@ def test_a_budget_is_kept_and_what_it_cost_is_said(make: Callable[..., Workload]
     assert isinstance(subject, Subject)
     with pytest.raises(ValueError, match="no unchanged replay took a step"):
         replay(subject, minutes=1e-9, processes=1)
-    short = replay(subject, cells=CELLS, minutes=0.02, parts=PARTS, processes=1)
-    assert any("not reached in time" in note for note in short.notes)
+    explaining = _Explaining(subject, 60.0, 1, None, lambda what, done, total: expire(what))
+
+    def expire(what: str) -> None:
+        if what == "controls":
+            explaining._seconds = 1e-6
+
+    short = explaining.all(CELLS, 40, PARTS)
+    assert short.controls.kind == "deterministic"
+    assert all(asked.stopped == "budget" for asked in short.cells)
+    said = " ".join(short.notes)
+    assert "not reached in time: sham:ulp#1" in said
+    assert all(f"{part}: not reached in time" in said for part in PARTS)
 
 
 def test_what_cannot_be_asked_is_refused(make: Callable[..., Workload]) -> None:
