@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from aftershock.replay.explain import Explanation
 from aftershock.replay.norms import KINDS
-from aftershock.replay.response import Response
+from aftershock.replay.response import Response, spike_of
 from aftershock.replay.run import Window
-from aftershock.replay.written import explanation_data, explanation_json, headline, plain, spike_of, thinned
+from aftershock.replay.written import explanation_data, explanation_json, headline, plain, thinned
 
 
 def _strict(text: str) -> Any:

@@ -6,9 +6,7 @@ task under another prompt is another task. Must not import torch.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from aftershock.config import nearest
+from aftershock.forecast.cells import csv_lines
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "task": ("task",),
@@ -253,34 +252,20 @@ def _one(rows: Sequence[_Row], name: str, values: Sequence[float | None]) -> flo
 
 
 def _rows(path: Path) -> tuple[list[_Row], dict[str, int]]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; give a CSV file with the columns task, score and flops") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as a CSV text file: {error}") from None
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     rows: list[_Row] = []
     left_out = {"unknown": 0, "untrained": 0}
     header: list[str] = []
-    try:
-        for cells in reader:
-            cells = [cell.strip() for cell in cells]
-            where = f"{path} line {reader.line_num}"
-            if cells in ([], [""]):
-                continue
-            if not header:
-                header = _header(path, cells)
-            elif len(cells) != len(header):
-                raise ValueError(f"{where}: has {len(cells)} cells, the header {len(header)}")
+    for where, cells in csv_lines(path, columns="task, score and flops"):
+        if not header:
+            header = _header(path, cells)
+        elif len(cells) != len(header):
+            raise ValueError(f"{where}: has {len(cells)} cells, the header {len(header)}")
+        else:
+            row = _row(where, dict(zip(header, cells, strict=True)))
+            if row.flops > 0:
+                rows.append(row)
             else:
-                row = _row(where, dict(zip(header, cells, strict=True)))
-                if row.flops > 0:
-                    rows.append(row)
-                else:
-                    left_out["untrained" if row.flops == 0 else "unknown"] += 1
-    except csv.Error as error:
-        raise ValueError(f"{path} line {reader.line_num}: not readable as CSV: {error}") from None
+                left_out["untrained" if row.flops == 0 else "unknown"] += 1
     if not header:
         raise ValueError(f"{path}: holds no rows; give a header line with task,score,flops and a line for each model")
     return rows, left_out

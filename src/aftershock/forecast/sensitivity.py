@@ -2,13 +2,11 @@
 
 The metric of Wortsman et al. 2023 (arXiv 2309.14322, section 2.2), its table over groups of runs, an interval, and the
 rate at which training fails.
-Shapes: N resamples, R rates. Knows losses only, no runs; imports numpy and `config.nearest`.
+Shapes: N resamples, R rates. Knows losses only, no runs; imports numpy.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import NamedTuple, TypeGuard
 import numpy as np
 
 from aftershock.config import nearest
+from aftershock.forecast.cells import csv_lines
 
 _COLUMNS = ("group", "lr", "loss")
 
@@ -168,26 +167,13 @@ def read_losses_csv(path: str | Path) -> list[LossRow]:
     not a positive number, or a loss that is not a number.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; give a CSV file with the columns group, lr, loss") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as a CSV text file: {error}") from None
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True, skipinitialspace=True)
     rows: list[LossRow] = []
     header: list[str] = []
-    try:
-        for cells in reader:
-            cells = [cell.strip() for cell in cells]
-            if cells in ([], [""]):
-                continue
-            if not header:
-                header = _header(path, cells)
-            else:
-                rows.append(_row(f"{path} line {reader.line_num}", header, cells))
-    except csv.Error as error:
-        raise ValueError(f"{path} line {reader.line_num}: not readable as CSV: {error}") from None
+    for where, cells in csv_lines(path, columns="group, lr, loss"):
+        if not header:
+            header = _header(path, cells)
+        else:
+            rows.append(_row(where, header, cells))
     if not rows:
         raise ValueError(f"{path}: holds no rows; give a header line group,lr,loss and one line per run")
     return rows
