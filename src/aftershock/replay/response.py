@@ -28,6 +28,8 @@ REST = 5
 """Steps in a row within reach of the level that make a recovery."""
 LEFT_SHARE = 0.05
 """Recovered is also what has come down to this share of the peak, in the loss's own unit."""
+Outcome = Literal["gone", "later", "stays"]
+"""What becomes of a spike; later: it came only after the recorded one was over."""
 TINY = 1e-30
 """What an exact zero loss counts as; far below rounding."""
 RESAMPLES = 2000
@@ -104,6 +106,16 @@ class Effect(NamedTuple):
     high: float
     beyond: bool
     num_shams: int
+
+
+def spike_of(response: Response | None, window: Window) -> Outcome | None:
+    """What became of the recorded spike in a replay; None of one that did not run."""
+    if response is None:
+        return None
+    if not response.present:
+        return "gone"
+    late = response.onset is not None and response.onset >= window.end and response.nonfinite_at is None
+    return "later" if late else "stays"
 
 
 def baseline(recorded: Mapping[int, float], window: Window) -> Baseline:

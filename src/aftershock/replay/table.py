@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from aftershock.causes import CAUSES
-from aftershock.replay.response import Effect
-from aftershock.replay.written import Side, shams, side_of, spike_of
+from aftershock.replay.response import Effect, spike_of
+from aftershock.replay.written import Side, shams, side_of
 from aftershock.store.console import wide_console
 
 if TYPE_CHECKING:

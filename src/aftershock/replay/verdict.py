@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 from aftershock.causes import CAUSES
 from aftershock.replay.controls import Controls
-from aftershock.replay.response import Response
+from aftershock.replay.response import Response, spike_of
 from aftershock.replay.signatures import (
     ALWAYS,
     PRIOR,
@@ -131,11 +131,8 @@ def answers(
 
 def _removed(response: Response, subject: Subject) -> float:
     """1 where the spike did not come, `LATER` where it came when the recorded one was over, else 0."""
-    if not response.present:
-        return 1.0
-    window = subject.window
-    late = response.onset is not None and response.onset >= window.end
-    return LATER if late and response.nonfinite_at is None else 0.0
+    found = spike_of(response, subject.window)
+    return 1.0 if found == "gone" else LATER if found == "later" else 0.0
 
 
 def judge(given: Sequence[Answer], *, zero: float, possible: Iterable[str] = ()) -> Verdict:

@@ -18,7 +18,7 @@ import numpy as np
 from aftershock._version import __version__
 from aftershock.causes import CAUSES
 from aftershock.replay.norms import KINDS
-from aftershock.replay.response import Response
+from aftershock.replay.response import spike_of
 from aftershock.replay.run import Window
 from aftershock.replay.verdict import Answer, Ranked, zero_line
 
@@ -33,8 +33,6 @@ DIGITS = 6
 Z_DECIMALS = 2
 RECORDED = 4
 """Times as many points as a replay's has the recorded curve, which began long before."""
-Spike = Literal["gone", "later", "stays"]
-"""later: it came only after the recorded one was over."""
 Side = Literal["for", "against", ""]
 
 
@@ -87,16 +85,6 @@ def headline(explanation: Explanation) -> str:
     if verdict.kind == "decided":
         return f"{verdict.ranked[0].words}, {verdict.ranked[0].share:.0%}"
     return re.split(r"[:;.] |[.]$", verdict.words, maxsplit=1)[0]
-
-
-def spike_of(response: Response | None, window: Window) -> Spike | None:
-    """What became of the spike in a cell; None where it did not run."""
-    if response is None:
-        return None
-    if not response.present:
-        return "gone"
-    late = response.onset is not None and response.onset >= window.end and response.nonfinite_at is None
-    return "later" if late else "stays"
 
 
 def shams(explanation: Explanation) -> dict[str, Any] | None:
