@@ -99,7 +99,7 @@ class Bench:
 
         count = len(JUDGED) if self.seeds is None else self.seeds
         if not 1 <= count <= 7:
-            raise ValueError(f"seeds must be 1 to 8, got {count}: three of the ten built the signature matrix")
+            raise ValueError(f"seeds must be 1 to 7, got {count}: three of the ten built the signature matrix")
         found = diagnose_zoo(
             self.out,
             specimens=self.specimens,

@@ -6,20 +6,22 @@ Must not import torch.
 from __future__ import annotations
 
 import datetime
-import importlib.resources
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from aftershock.bench.diagnosis import BUILDING, Incident, code_digest
+from aftershock.bench.records import fields_of, from_file
 from aftershock.replay.response import wilson
 from aftershock.store.environment import describe_environment
 from aftershock.store.folder import atomic_write
 
 NAME = "replay.json"
 SCHEMA = 1
+PARTS = ("incidents", "unseen")
+"""Fields that hold incidents."""
 BINS = (0.0, 0.5, 0.8, 0.95, 1.0001)
 """Edges of the shares between which claimed and true frequencies are compared."""
 
@@ -120,9 +122,7 @@ def write_diagnoses(folder: Path, record: Diagnoses) -> Path:
     """Write the record into `folder`, in place of an older one."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / NAME
-    data = {"schema": SCHEMA, **record._asdict()}
-    for part in ("incidents", "unseen"):
-        data[part] = [one._asdict() for one in data[part]]
+    data = {"schema": SCHEMA, **plain(record)}
     # one incident a line: a new study then shows in a diff as the lines that it changed
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace('{"specimen"', '\n{"specimen"')
     atomic_write(path, (text + "\n").encode("ascii"))
@@ -134,17 +134,16 @@ def read_diagnoses(folder: Path | None = None) -> Diagnoses:
 
     Raises ValueError when neither is there, or the file is damaged.
     """
-    own = importlib.resources.files("aftershock.bench") / "records" / NAME
-    places = [own] if folder is None else [folder / NAME, own]
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        raise ValueError("no benchmark of verdicts is on record; make one with: aftershock bench replay --rerun")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-        if data.pop("schema", None) != SCHEMA:
-            raise ValueError(f"this version reads schema {SCHEMA}")
-        for part in ("incidents", "unseen"):
-            data[part] = [Incident(**one) for one in data[part]]
-        return Diagnoses(**data)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: not a record of the benchmark of verdicts ({error}); restore the file") from None
+    return from_file(NAME, folder, _parsed, what="benchmark of verdicts", command="replay")
+
+
+def _parsed(data: Mapping[str, Any]) -> Diagnoses:
+    fields = fields_of(data, SCHEMA)
+    for part in PARTS:
+        fields[part] = [Incident(**one) for one in fields[part]]
+    return Diagnoses(**fields)
+
+
+def plain(record: Diagnoses) -> dict[str, Any]:
+    """The record as JSON holds it."""
+    return record._asdict() | {part: [one._asdict() for one in getattr(record, part)] for part in PARTS}

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from aftershock.bench.diagnosis import Incident
-from aftershock.bench.diagnosis_record import Diagnoses, confidently_wrong, identical, reliability, within
-from aftershock.bench.table import wide_console
+from aftershock.bench.diagnosis_record import Diagnoses, confidently_wrong, identical, plain, reliability, within
+from aftershock.store.console import wide_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -87,7 +87,4 @@ def print_diagnoses(record: Diagnoses, *, console: Console | None = None) -> Non
 
 def diagnoses_json(record: Diagnoses) -> str:
     """The record as JSON text."""
-    data = record._asdict()
-    for part in ("incidents", "unseen"):
-        data[part] = [one._asdict() for one in data[part]]
-    return json.dumps(data, indent=1, allow_nan=False)
+    return json.dumps(plain(record), indent=1, allow_nan=False)

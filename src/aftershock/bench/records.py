@@ -8,15 +8,17 @@ from __future__ import annotations
 import importlib.resources
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from aftershock.store.environment import in_checkout
 from aftershock.store.folder import atomic_write
 
 NAME = "detectors.json"
 SCHEMA = 1
+
+RecordT = TypeVar("RecordT")
 
 Span = tuple[float | None, float | None]
 """A 95 % bootstrap interval over runs."""
@@ -111,22 +113,38 @@ def read_record(folder: Path | None = None) -> Record:
 
     Raises ValueError when neither is there, or the file is damaged.
     """
-    own = importlib.resources.files("aftershock.bench") / "records" / NAME
-    places = [own] if folder is None else [folder / NAME, own]
+    return from_file(NAME, folder, parse_record, what="benchmark of detectors", command="detectors")
+
+
+def from_file(
+    name: str, folder: Path | None, parse: Callable[[Mapping[str, Any]], RecordT], *, what: str, command: str
+) -> RecordT:
+    """What `parse` makes of the file `name` of `folder`, or where that has none of the package's own.
+
+    Raises ValueError when neither is there (`aftershock bench COMMAND --rerun` makes one), or the file is damaged.
+    """
+    own = importlib.resources.files("aftershock.bench") / "records" / name
+    places = [own] if folder is None else [folder / name, own]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
-        raise ValueError("no benchmark of detectors is on record; make one with: aftershock bench detectors --rerun")
+        raise ValueError(f"no {what} is on record; make one with: aftershock bench {command} --rerun")
     try:
-        return parse_record(json.loads(path.read_text(encoding="utf-8")))
+        return parse(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: not a record of the benchmark ({error}); restore the file") from None
+        raise ValueError(f"{path}: not a record of the {what} ({error}); restore the file") from None
+
+
+def fields_of(data: Mapping[str, Any], schema: int) -> dict[str, Any]:
+    """A record's fields without its schema. Raises ValueError for another schema than this version's."""
+    fields = dict(data)
+    if fields.pop("schema", None) != schema:
+        raise ValueError(f"schema {data.get('schema')!r}, this version reads {schema}")
+    return fields
 
 
 def parse_record(data: Mapping[str, Any]) -> Record:
     """The record that `write_record` wrote."""
-    fields = dict(data)
-    if fields.pop("schema", None) != SCHEMA:
-        raise ValueError(f"schema {data.get('schema')!r}, this version reads {SCHEMA}")
+    fields = fields_of(data, SCHEMA)
     fields["rows"] = [_row(row) for row in fields["rows"]]
     fields["traits"] = {name: Traits(**traits) for name, traits in fields["traits"].items()}
     fields["rivals"] = [Rival(**_with_spans(rival)) for rival in fields["rivals"]]

@@ -5,13 +5,12 @@ A figure that has no value is None. Must not import torch.
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aftershock.bench.records import rounded
+from aftershock.bench.records import fields_of, from_file, rounded
 from aftershock.bench.survival import DEFAULT, Judged, Summary, summary
 from aftershock.store.folder import atomic_write
 
@@ -93,22 +92,12 @@ def read_study(folder: Path | None = None) -> Study:
 
     Raises ValueError when neither is there, or the file is damaged.
     """
-    own = importlib.resources.files("aftershock.bench") / "records" / NAME
-    places = [own] if folder is None else [folder / NAME, own]
-    path = next((place for place in places if place.is_file()), None)
-    if path is None:
-        raise ValueError("no fault injection study is on record; make one with: aftershock bench guard --rerun")
-    try:
-        return parse_study(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path}: not a record of the fault injection study ({error}); restore the file") from None
+    return from_file(NAME, folder, parse_study, what="fault injection study", command="guard")
 
 
 def parse_study(data: Mapping[str, Any]) -> Study:
     """The study that `write_study` wrote."""
-    fields = dict(data)
-    if fields.pop("schema", None) != SCHEMA:
-        raise ValueError(f"schema {data.get('schema')!r}, this version reads {SCHEMA}")
+    fields = fields_of(data, SCHEMA)
     fields["rows"] = [Row(**row | {"figures": Summary(*row["figures"])}) for row in fields["rows"]]
     return Study(**fields)
 
