@@ -57,7 +57,7 @@ def now(training: Training) -> float:
     """Seconds: of this processor where one thread does all, else of the wall once the GPU has done all."""
     if training.device == "cuda":
         torch.cuda.synchronize()
-    return guards.host_s() if training.device == "cpu" else time.perf_counter()
+    return machine.host_s() if training.device == "cpu" else time.perf_counter()
 
 
 def timed(training: Training, call: Callable[[], object]) -> float:
@@ -72,13 +72,13 @@ def whole_steps(training: Training, side: Side) -> Timed:
     num_steps, own_s = STEPS[training.device], 0.0
     started = now(training)
     for _ in range(num_steps):
-        before = guards.host_s()
+        before = machine.host_s()
         ids_BT = side.fetch()
-        fetched = guards.host_s()
+        fetched = machine.host_s()
         loss = forward_backward(training, ids_BT)
-        behind = guards.host_s()
+        behind = machine.host_s()
         side.finish(loss)
-        own_s += fetched - before + guards.host_s() - behind
+        own_s += fetched - before + machine.host_s() - behind
     step_s = (now(training) - started) / num_steps
     return Timed(step_s, own_s / num_steps if training.device == "cpu" else float("nan"))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from aftershock.guard.guard import Guard
-from benchmarks import watchers
+from benchmarks import machine, watchers
 from benchmarks.tap_cost import Training
 
 EVERY = 50
@@ -224,17 +223,12 @@ class Shares:
 
     def _timed(self, name: str, call: Callable[..., object]) -> Callable[..., object]:
         def timed(*args: object, **settings: object) -> object:
-            started = host_s()
+            started = machine.host_s()
             result = call(*args, **settings)
-            self.seconds[name] += host_s() - started
+            self.seconds[name] += machine.host_s() - started
             return result
 
         return timed
-
-
-def host_s() -> float:
-    """Processor time where one thread does all, which other programs blur least; else the wall's."""
-    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def _fetch(training: Training) -> Callable[[], Tensor]:

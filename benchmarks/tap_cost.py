@@ -1,8 +1,9 @@
 """`python -m benchmarks.tap_cost`: what watching a 100M-parameter decoder costs, ours and rivals', in one run.
 
-Each watcher takes two steps a round on one shared model: the first, untimed, pays for what is paid once; the second is
-set against the bare step of the same round. Steps of seconds differ by per cents for no reason, so the work of a
-watcher that does it in calls of its own is also timed alone, inside the step.
+Each watcher takes its turns on one shared model: a bare step, then with the watcher attached one untimed step, which
+pays for what is paid once, and the timed one, set against the bare one just before. Steps of seconds still differ for
+no reason, so the work of a watcher that does it in calls of its own is also timed alone, inside the step, and set
+against the rest of that same step.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ SEQUENCES = 4
 READING = """\
 ## Cost of watching
 
-One decoder and one optimizer, watched by each in turn; every watcher against the bare step of its round: median of
-the rounds, with the smallest and the largest. `timed alone` is what the watcher's own calls took inside that step, so
-it is not blurred by steps that differ by per cents; hooks in forward and backward can not be timed so. Target of the
-tap: 2 %.
+One decoder and one optimizer, watched by each in turn; every watcher against the bare step just before: median of
+the rounds, with the smallest and the largest. `timed alone` is what the watcher's own calls took inside the step, as a
+share of the rest of that same step, so it is not blurred by steps that differ; hooks in forward and backward can not be
+timed so. On a CPU with one thread times are processor time, which other programs on the machine blur least. Target of
+the tap: 2 %.
 The timed steps lie between what trainscope does every fifth step (activations) and every fiftieth (histograms), and
 before the thousandth forward pass, at which `wandb.watch` first records by default: so their defaults cost at least
 what stands here.
@@ -44,10 +46,16 @@ STEPS = {"cpu": 1, "cuda": 20}
 
 
 class Timed(NamedTuple):
-    """Seconds a step, and of them those in the watcher's own calls."""
+    """Seconds of the bare step before, of the watched step, and of that those in the watcher's own calls."""
 
+    bare_s: float
     step_s: float
     own_s: float
+
+    @property
+    def alone(self) -> float:
+        """The watcher's own calls as a share of the rest of their step."""
+        return self.own_s / (self.step_s - self.own_s)
 
 
 class Training:
@@ -75,19 +83,29 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
 
     def watched(self, name: str) -> Timed:
-        """Attach, one step to settle, then the timed ones; detach."""
-        num_steps = STEPS[self.device]
+        """Bare, then attached: one step to settle, and the timed ones."""
+        with WATCHERS["bare"](self.model, self.optimizer, self.clock) as hooks:
+            bare_s = self._steps(hooks)
         with WATCHERS[name](self.model, self.optimizer, self.clock) as hooks:
             self.step(hooks, 0)
-            self._wait()
-            self.clock.seconds, started = 0.0, time.perf_counter()
-            for index in range(1, num_steps + 1):
-                self.step(hooks, index)
-            self._wait()
-            step_s = (time.perf_counter() - started) / num_steps
-            own_s = self.clock.seconds / num_steps if hooks.whole and self.device == "cpu" else float("nan")
+            self.clock.seconds = 0.0
+            step_s = self._steps(hooks)
+            alone = hooks.whole and self.device == "cpu"
+            own_s = self.clock.seconds / STEPS[self.device] if alone else float("nan")
         gc.collect()
-        return Timed(step_s, own_s)
+        return Timed(bare_s, step_s, own_s)
+
+    def _steps(self, hooks: Hooks) -> float:
+        """Seconds a step."""
+        self._wait()
+        started = self._now()
+        for index in range(1, STEPS[self.device] + 1):
+            self.step(hooks, index)
+        self._wait()
+        return (self._now() - started) / STEPS[self.device]
+
+    def _now(self) -> float:
+        return machine.host_s() if self.device == "cpu" else time.perf_counter()
 
     def _timed(self, call: object, *args: object) -> None:
         assert callable(call)
@@ -103,10 +121,11 @@ class Training:
 def measure(shape: dict[str, int], *, rounds: int, autocast: bool, device: str) -> list[str]:
     """One table: the watchers in turns, `rounds` times."""
     training = Training(shape, autocast=autocast, device=device)
-    found: dict[str, list[Timed]] = {name: [] for name in WATCHERS}
+    found: dict[str, list[Timed]] = {name: [] for name in WATCHERS if name != "bare"}
     missing: dict[str, str] = {}
+    training.watched("bare")  # moments are made
     for turn in range(rounds):
-        for name in WATCHERS:
+        for name in found:
             if name in missing:
                 continue
             try:
@@ -115,7 +134,7 @@ def measure(shape: dict[str, int], *, rounds: int, autocast: bool, device: str) 
                 missing[name] = str(package)
                 continue
             print(f"round {turn}: {name}: {found[name][-1]}", file=sys.stderr, flush=True)
-    bare = [timed.step_s for timed in found["bare"]]
+    bare = [timed.bare_s for one in found.values() for timed in one]
     mode = "bf16 autocast" if autocast else "float32"
     tokens = training.ids_BT[:, 1:].numel()
     title = f"{training.num_parameters / 1e6:.1f}M parameters, {tokens:,} tokens, {mode}, {device}"
@@ -126,8 +145,8 @@ def measure(shape: dict[str, int], *, rounds: int, autocast: bool, device: str) 
     for name, timed in found.items():
         if name in missing:
             lines.append(f"| {name} | not installed ({missing[name]}) | |")
-        elif name != "bare":
-            lines.append(f"| {name} | {_added(timed, bare)} | {_alone(timed, bare, training.num_parameters)} |")
+        else:
+            lines.append(f"| {name} | {_added(timed)} | {_alone(timed, training.num_parameters)} |")
     return [*lines, ""]
 
 
@@ -137,16 +156,18 @@ def lines(*, rounds: int, shape: str = "100M", device: str = "cpu") -> list[str]
     return [READING, *(line for table in tables for line in table)]
 
 
-def _added(timed: list[Timed], bare: list[float]) -> str:
-    extra = [one.step_s / step_s - 1 for one, step_s in zip(timed, bare, strict=True)]
+def _added(timed: list[Timed]) -> str:
+    extra = [one.step_s / one.bare_s - 1 for one in timed]
     return f"{statistics.median(extra):+.1%} ({min(extra):+.1%} to {max(extra):+.1%})"
 
 
-def _alone(timed: list[Timed], bare: list[float], num_parameters: int) -> str:
-    own_s = statistics.median(one.own_s for one in timed)
-    if own_s != own_s:
+def _alone(timed: list[Timed], num_parameters: int) -> str:
+    shares = [one.alone for one in timed]
+    if shares[0] != shares[0]:
         return "inside forward and backward"
-    return f"{own_s / statistics.median(bare):.2%}, {own_s / num_parameters * 1e9:.2f} ns a parameter"
+    own_s = statistics.median(one.own_s for one in timed)
+    spread = f"({min(shares):.2%} to {max(shares):.2%})"
+    return f"{statistics.median(shares):.2%} {spread}, {own_s / num_parameters * 1e9:.2f} ns a parameter"
 
 
 def main() -> None:
