@@ -7,10 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from aftershock.causes import CAUSES
+from aftershock.guard.state import State, Training
 from aftershock.replay.cells import KINDS
 from aftershock.replay.loop import Taken
 from aftershock.replay.response import Baseline, Response
@@ -29,7 +31,9 @@ def response(*, present: bool, onset: int | None = 140) -> Response:
 
 def subject(**more: Any) -> Any:
     base = Baseline(0.0, 0.1, 2.0, 1.0, "log", 1.0)
-    return SimpleNamespace(window=WINDOW, baseline=base, rows={}, recorded={}, **more)
+    states = {WINDOW.start: State({}, {"group": [], "optimizer": {}})}
+    work = SimpleNamespace(clip_norm=None)
+    return SimpleNamespace(window=WINDOW, baseline=base, rows={}, recorded={}, states=states, workload=work, **more)
 
 
 def as_it_says(one: Signature) -> list[Answer]:
@@ -115,6 +119,16 @@ def test_answers_of_cells_moot_cells_and_symptoms() -> None:
     assert "earlier" not in {x.question for x in without}  # asked of batches that matter
 
 
+def test_what_a_cause_needs_must_be_there() -> None:
+    """planted: without a second moment no lag of one is the verdict, though all else looks like it."""
+    lag = next(one for one in SIGNATURES if one.needs == "hold_v")
+    there = as_it_says(lag)
+    gone = [Answer(x.question, 0.0, "moot") if x.question == "hold_v" else x for x in there]
+    assert judge(there, zero=0.1).ranked[0].cause == lag.cause
+    shares = [{one.cause: one.share for one in judge(each, zero=0.1).ranked}[lag.cause] for each in (there, gone)]
+    assert shares[1] < 0.3 * shares[0]
+
+
 def test_no_answer_is_refused() -> None:
     """contract: a verdict needs evidence."""
     with pytest.raises(ValueError, match="no cell and no symptom"):
@@ -174,6 +188,41 @@ def test_symptoms_of_a_rate_that_jumped() -> None:
     assert (found.rate_factor, found.rate_jumped) == (pytest.approx(30.0), True)
     assert (found.update_moved, found.grad_moved, found.update_first, found.ahead) == (139, 140, True, False)
     assert found.sudden
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_a_second_moment_that_gradients_left_behind_is_stale(clip_norm: float | None) -> None:
+    """oracle: v_hat over squared gradients, of Adam's own formula, on a gradient that was 10 and then 2."""
+    weight = torch.nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.Adam([weight], lr=0.0, betas=(0.9, 0.999))
+    one, v, last = subject(), 0.0, {}
+    one.workload = SimpleNamespace(clip_norm=clip_norm)
+    for step in range(WINDOW.start):
+        norm = 10.0 if step < 60 else 2.0
+        weight.grad = torch.full_like(weight, norm / 2)
+        v = 0.999 * v + 0.001 * norm**2
+        last[step] = Taken(step, 1.0, norm, 0.1, 1e-3)
+        optimizer.step()
+    one.rows = last
+    model = torch.nn.ParameterList([weight])
+    one.states = {WINDOW.start: Training(model, optimizer).read()}
+    squared = 4.0 if clip_norm is None else clip_norm**2
+    lag = symptoms(one).lag
+    assert lag == pytest.approx(v / (1 - 0.999**WINDOW.start) / squared, rel=1e-5)  # v is held in float32
+    assert symptoms(one).stale
+
+
+@pytest.mark.parametrize("amsgrad", [True, None])
+def test_what_has_no_second_moment_to_lag_has_no_lag(amsgrad: bool | None) -> None:
+    """contract: AMSGrad divides by what never falls, and SGD by nothing."""
+    weight = torch.nn.Parameter(torch.zeros(4))
+    optimizer = torch.optim.SGD([weight]) if amsgrad is None else torch.optim.Adam([weight], amsgrad=amsgrad)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    one = subject()
+    one.rows = {step: Taken(step, 1.0, 2.0, 0.1, 1e-3) for step in range(WINDOW.start)}
+    one.states = {WINDOW.start: Training(torch.nn.ParameterList([weight]), optimizer).read()}
+    assert (symptoms(one).lag, symptoms(one).stale) == (None, None)
 
 
 def test_symptoms_without_rows_are_unknown() -> None:

@@ -98,8 +98,11 @@ class Bench:
         from aftershock.lab.zoo.registry import UNSEEN
 
         count = len(JUDGED) if self.seeds is None else self.seeds
-        if not 1 <= count <= 7:
-            raise ValueError(f"seeds must be 1 to 7, got {count}: three of the ten built the signature matrix")
+        most = 10 - JUDGED[0]
+        if not 1 <= count <= most:
+            raise ValueError(
+                f"seeds must be 1 to {most}, got {count}: the first {JUDGED[0]} built the signature matrix"
+            )
         found = diagnose_zoo(
             self.out,
             specimens=self.specimens,

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from aftershock.lab.zoo.specimen import Specimen
     from aftershock.replay.subject import Subject
 
-BUILDING = (0, 1, 2)
+BUILDING = (0, 1, 2, 3, 4, 5)
 """Seeds that the signature matrix was built on, or that showed what it lacked."""
-JUDGED = (3, 4, 5)
+JUDGED = (6, 7, 8)
 RUNS = "replay-runs.jsonl"
 ROOMS = ("replay", "lab/zoo", "guard/state.py", "guard/recorder.py")
 """What a verdict depends on; a line that was written with other code is not used."""

@@ -91,6 +91,12 @@ QUESTIONS: dict[str, Question] = {
         "gradient and update were calm until the loss rose",
         moot=False,
     ),
+    "stale": Question(
+        (),
+        "Adam's second moment stood well above the squared gradients, so it could only fall",
+        "Adam's second moment had kept up with the gradients",
+        moot=False,
+    ),
     "overflowed": Question(
         (), "a gradient was not finite though its loss was", "no gradient was lost of a finite loss", moot=False
     ),
@@ -99,11 +105,15 @@ QUESTIONS: dict[str, Question] = {
 
 
 class Signature(NamedTuple):
-    """What one way of one class of causes looks like: `yes` holds probabilities of a yes; NEVER where it has none."""
+    """What one way of one class of causes looks like: `yes` holds probabilities of a yes; NEVER where it has none.
+
+    `needs`: the question whose cells must mean something for the workload: what they change is the cause itself.
+    """
 
     cause: str
     way: str
     yes: dict[str, float]
+    needs: str | None = None
 
 
 SIGNATURES: tuple[Signature, ...] = (
@@ -122,7 +132,28 @@ SIGNATURES: tuple[Signature, ...] = (
             "z_loss": SELDOM,
             "sudden": SELDOM,
             "ahead": SELDOM,
+            "stale": OFTEN,
         },
+        needs="hold_v",
+    ),
+    Signature(
+        "C1",
+        "a second moment that has long lagged behind",
+        {
+            "earlier": EVEN,
+            "half_rate": ALWAYS,
+            "hold_v": EVEN,
+            "eps": SELDOM,
+            "clip": OFTEN,
+            "update_first": EVEN,
+            "qk": SELDOM,
+            "decay": SELDOM,
+            "z_loss": SELDOM,
+            "sudden": SELDOM,
+            "ahead": EVEN,
+            "stale": ALWAYS,
+        },
+        needs="hold_v",
     ),
     Signature(
         "C3",
@@ -140,6 +171,7 @@ SIGNATURES: tuple[Signature, ...] = (
             "update_first": SELDOM,
             "sudden": SELDOM,
             "ahead": ALWAYS,
+            "stale": SELDOM,
         },
     ),
     Signature(
@@ -154,6 +186,7 @@ SIGNATURES: tuple[Signature, ...] = (
             "sudden": OFTEN,
             "rate_jumped": ALWAYS,
             "update_first": ALWAYS,
+            "stale": EVEN,
         },
     ),
     Signature(
@@ -171,12 +204,21 @@ SIGNATURES: tuple[Signature, ...] = (
             "sudden": SELDOM,
             "update_first": SELDOM,
             "ahead": EVEN,
+            "stale": EVEN,
         },
     ),
     Signature(
         "C5",
         "output logits that drifted",
-        {"earlier": OFTEN, "half_rate": EVEN, "z_loss": ALWAYS, "wide_loss": EVEN, "eps": SELDOM, "clip": SELDOM},
+        {
+            "earlier": OFTEN,
+            "half_rate": EVEN,
+            "z_loss": ALWAYS,
+            "wide_loss": EVEN,
+            "eps": SELDOM,
+            "clip": SELDOM,
+            "stale": EVEN,
+        },
     ),
     Signature(
         "C6",
@@ -192,12 +234,21 @@ SIGNATURES: tuple[Signature, ...] = (
             "hold_v": SELDOM,
             "ahead": EVEN,
             "sudden": EVEN,
+            "stale": EVEN,
         },
     ),
     Signature(
         "C7",
         "bad batches",
-        {"data": ALWAYS, "content": ALWAYS, "earlier": NEVER, "half_rate": SELDOM, "clip": SELDOM, "sudden": ALWAYS},
+        {
+            "data": ALWAYS,
+            "content": ALWAYS,
+            "earlier": NEVER,
+            "half_rate": SELDOM,
+            "clip": SELDOM,
+            "sudden": ALWAYS,
+            "stale": EVEN,
+        },
     ),
     Signature(
         "C8",
@@ -212,6 +263,7 @@ SIGNATURES: tuple[Signature, ...] = (
             "hold_v": EVEN,
             "qk": EVEN,
             "sudden": EVEN,
+            "stale": EVEN,
         },
     ),
     Signature(
@@ -229,6 +281,7 @@ SIGNATURES: tuple[Signature, ...] = (
             "hold_v": SELDOM,
             "z_loss": SELDOM,
             "ahead": EVEN,
+            "stale": SELDOM,
         },
     ),
     Signature(
@@ -242,6 +295,7 @@ SIGNATURES: tuple[Signature, ...] = (
             "clip": SELDOM,
             "sudden": EVEN,
             "qk": SELDOM,
+            "stale": EVEN,
         },
     ),
     Signature(
@@ -255,6 +309,7 @@ SIGNATURES: tuple[Signature, ...] = (
             "wide_loss": EVEN,
             "sudden": ALWAYS,
             "overflowed": ALWAYS,
+            "stale": EVEN,
         },
     ),
     Signature(
@@ -270,9 +325,10 @@ SIGNATURES: tuple[Signature, ...] = (
             "sudden": SELDOM,
             "ahead": EVEN,
             "z_loss": SELDOM,
+            "stale": EVEN,
         },
     ),
-    Signature("C14", "nothing that was changed helps", {"sudden": EVEN, "update_first": SELDOM}),
+    Signature("C14", "nothing that was changed helps", {"sudden": EVEN, "update_first": SELDOM, "stale": EVEN}),
 )
 """The classes that a replay can tell. C2 and C12 are not among them: the zoo has nothing to hold them to."""
 

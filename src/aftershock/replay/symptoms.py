@@ -11,6 +11,8 @@ import math
 from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
+from aftershock.guard.policies.moments import betas_of
+from aftershock.guard.tree import Ref
 from aftershock.numerics import median_mad
 from aftershock.replay.loop import Taken
 from aftershock.replay.subject import Subject
@@ -39,6 +41,10 @@ BEFORE = 6
 """Steps before the onset in which what made the spike is looked for."""
 AHEAD = 2
 """A gradient that moved so many steps before the loss is no doing of one batch."""
+STALE = 3.0
+"""A second moment is stale that is so many times the squared gradients it should follow."""
+RECENT = 20
+"""Steps before the suspect snapshot whose gradients it is set against."""
 SAME = 1e-4
 """Relative difference up to which a norm that a guard measured in its own way is the same."""
 
@@ -53,6 +59,7 @@ class Symptoms(NamedTuple):
     - `ahead`: gradient and update had both moved `AHEAD` steps or more before the loss left its band
     - `overflowed`: a gradient about the onset was not finite though its own loss was
     - `update_first`: the update moved, and the gradient had not: rate or optimizer rather than data
+    - `lag`: see `second_moment_lag`
     """
 
     struck: Struck
@@ -64,6 +71,12 @@ class Symptoms(NamedTuple):
     update_first: bool | None
     ahead: bool | None
     overflowed: bool | None
+    lag: float | None = None
+
+    @property
+    def stale(self) -> bool | None:
+        """Whether Adam's second moment stood well above the squared gradients, and so could only fall."""
+        return None if self.lag is None else self.lag >= STALE
 
     @property
     def rate_jumped(self) -> bool | None:
@@ -85,7 +98,37 @@ def symptoms(subject: Subject, replayed: Mapping[int, Taken] | None = None) -> S
         overflowed = any(math.isfinite(row.loss) and not math.isfinite(row.grad_norm) for row in near)
         ahead = max(math.inf if s is None else s for s in (grad, update)) <= subject.window.onset - AHEAD
         first = update is not None and (grad is None or grad > update)
-    return Symptoms(struck, at, _sudden(subject), _rate_factor(subject), update, grad, first, ahead, overflowed)
+    lag = second_moment_lag(subject)
+    return Symptoms(struck, at, _sudden(subject), _rate_factor(subject), update, grad, first, ahead, overflowed, lag)
+
+
+def second_moment_lag(subject: Subject) -> float | None:
+    """sum(v_hat) at the suspect snapshot over the mean of |g|^2 (as clipped) in the `RECENT` steps before it.
+
+    About 1 where v follows the gradients. Far above 1 they have shrunk faster than v decays: from there on v falls, and
+    the effective rate rises, whatever the gradients do (arXiv 2506.04805). None where no second moment can lag (no
+    Adam, AMSGrad), where it is sharded over ranks, or no gradient norm is known.
+    """
+    state = subject.states[subject.window.start]
+    limit = math.inf if subject.workload.clip_norm is None else subject.workload.clip_norm
+    recent = range(subject.window.start - RECENT, subject.window.start)
+    norms = [min(subject.rows[step].grad_norm, limit) for step in recent if step in subject.rows]
+    squares = [norm**2 for norm in norms if math.isfinite(norm)]
+    total, found = 0.0, False
+    for group in state.plain["group"]:
+        for name in group["params"]:
+            held = state.plain["optimizer"].get(name, {})
+            v = held.get("exp_avg_sq") if isinstance(held, dict) else None
+            if v is None:
+                continue
+            if "max_exp_avg_sq" in held or v.piece is not None:
+                return None
+            step = held["step"]
+            count = float(state.tensors[step.name]) if isinstance(step, Ref) else float(step)
+            total += state.tensors[v.name].double().sum().item() / (1 - betas_of(group)[1] ** count)
+            found = True
+    mean = sum(squares) / len(squares) if squares else 0.0
+    return total / mean if found and mean > 0 else None
 
 
 def what_struck(subject: Subject, replayed: Mapping[int, Taken]) -> tuple[Struck, int | None]:

@@ -114,6 +114,7 @@ def answers(
         "update_first": seen.update_first,
         "ahead": seen.ahead,
         "overflowed": seen.overflowed,
+        "stale": seen.stale,
     }
     for name, question in QUESTIONS.items():
         given = {cell: _removed(responses[cell], subject) for cell in question.cells if cell in responses}
@@ -202,7 +203,8 @@ def _log_likelihood(one: Signature | None, given: Sequence[Answer], zero: float)
     for answer in given:
         p = average(answer.question) if one is None else probability(one, answer.question)
         if answer.by == "moot":  # what is not there can only be missed by who needs it
-            total += math.log(1 - p) if p >= ALWAYS else 0.0
+            needed = p >= ALWAYS or (one is not None and one.needs == answer.question)
+            total += math.log(1 - ALWAYS) if needed else 0.0
             continue
         if QUESTIONS[answer.question].cells:
             p = zero + (1 - zero) * p
