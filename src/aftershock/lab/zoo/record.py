@@ -6,28 +6,23 @@ Must not import a specimen: whoever asks brings it.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
 
+from aftershock.lab.zoo.indicators import Curvatures, Outputs, Tensors, Weights, batch_row, is_adam
 from aftershock.lab.zoo.labels import label
-from aftershock.lab.zoo.nets import ByteLM
 from aftershock.lab.zoo.specimen import Specimen, Trial
-from aftershock.signals.curvature import Method, NoCurvature, directional_curvature
 from aftershock.signals.tap import TensorTap
 from aftershock.signals.tensors import Stat
 from aftershock.store.writer import RunWriter
-from aftershock.workload import Workload
 
 LOSS = "loss/train/mean"
 
-CURVATURE_EVERY = 4
-"""Curvature costs three gradients; between two measurements the last value is held."""
 AFTER_NONFINITE = 50
 """Steps trained on after the loss is first not finite: enough to see that it does not come back."""
 
@@ -46,9 +41,26 @@ def record(specimen: Specimen, *, seed: int, folder: str | Path, faulty: bool = 
     - `attention/max/logit`: of a `ByteLM`, the largest over layers, heads and batch
     - `curvature/all/directional`: curvature along the step against the edge of stability with momentum, 1 at the edge
       (`Curvature.momentum_edge_share`), of the step's (first micro-)batch before the step; from step 4 on, measured
-      every 4 steps
+      every 4 steps. `curvature/all/sharpest`: the same of the sharpest direction (`sharpness`), every 20 steps
+    - `param/all/norm` |W|; `param/min/of_first`, the smallest over tensors of |W| / |W at the first step|;
+      `update/max/ratio`, the largest of |u| / |W|; `grad/max/over_usual`, the largest of gradient norm / its median
+      over the tensor's last 32 steps
+    - `grad/all/cosine_previous` = cos(g_t, g_t-1), `update/all/cosine_descent` = cos(u, -g)
+    - `optim/max|all/saturated_frac`, `eps_floor_frac`: share of |m / sqrt v| > 0.9 and of v at the floor that eps sets,
+      largest over tensors and of all elements; `optim/all/first_norm` |m|, `second_root_sum` = sum sqrt v, and
+      `first_over_root` = rms m / mean sqrt v; Adam only
+    - `output/rms`, `output/abs_max` of the model's output, `output/log_z_max` its largest log Z; `activation/max/abs_max`
+      and `kurtosis`, the largest over the blocks of a `ByteLM`, else over the linear layers but the last;
+      `activation/last/rms` of the last of these
+    - `attention/min/entropy`: of a `ByteLM`, the smallest over heads of the mean over queries, 4 sequences of the batch
+    - `param/qk/spectral_norm`: the largest of W_q and W_k; `update/qk/stable_rank`, `spectral_entropy`: the smallest
+      over heads, of the first-order change of W_q' W_k in 10 steps; `param/head/mean_norm`: length of the mean output
+      embedding. Every 10 steps
+    - `batch/tokens/<stat>` of `signals.batches.batch_stats`; `batch/max/loss`, the largest of a sequence, and
+      `loss_over_mean`
 
-    A signal that does not exist for the workload has no column. Ends after `steps` (by default the specimen's), or 50
+    What is of a forward pass is of the step's last (micro-)batch. Between two measurements the last value is held. A
+    signal that does not exist for the workload has no column. Ends after `steps` (by default the specimen's), or 50
     steps after the loss was first not finite. The summary holds `finite`, `steps`, `held_out_loss` (null without one)
     and `spikes`, how many `label` finds. Random numbers are torch's, started at `seed` and put back.
 
@@ -81,20 +93,24 @@ def record(specimen: Specimen, *, seed: int, folder: str | Path, faulty: bool = 
 
 def _rows(trial: Trial, length: int) -> Iterator[tuple[int, dict[str, float]]]:
     """Trains step by step; yields signals as they come in, the tap's one step late."""
-    workload, disturbance = trial
-    model, optimizer = workload.model, workload.optimizer
-    curvature, left = _Curvature(workload), AFTER_NONFINITE
-    stats: list[Stat] = ["grad", "update", "rms_t"] if _adam(optimizer) else ["grad", "update"]
-    with TensorTap(model, optimizer, stats=stats, gradients="call") as tap, _Output(model) as output:
+    # A batch is asked for by the curvature, the step and the signals: made once, which its being pure allows.
+    workload = replace(trial.workload, batch=functools.lru_cache(maxsize=1)(trial.workload.batch))
+    disturbance, model, optimizer = trial.disturbance, workload.model, workload.optimizer
+    curvatures, weights, tensors, left = Curvatures(workload), Weights(model), Tensors(model), AFTER_NONFINITE
+    stats: list[Stat] = ["param", "grad", "update", "cosines"]
+    if is_adam(optimizer):
+        stats += ["rms_t", "moments"]
+    with TensorTap(model, optimizer, stats=stats, gradients="call") as tap, Outputs(model) as outputs:
         for index in range(length):
             if disturbance is not None:
                 disturbance.before_forward(index)
-            row = curvature.row(index)
+            parts = list(workload.micro_batches(index))
+            row = curvatures.row(index) | weights.row(index) | batch_row(parts)
             row[LOSS] = workload.backward(index).item()
             if disturbance is not None:
                 disturbance.after_backward(index)
             tap.measure_gradients()
-            row |= output.row()
+            row |= outputs.row(parts[-1])
             row["optim/all/lr"] = optimizer.param_groups[0]["lr"]
             if workload.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), workload.clip_norm)
@@ -103,88 +119,9 @@ def _rows(trial: Trial, length: int) -> Iterator[tuple[int, dict[str, float]]]:
                 workload.scheduler.step()
             optimizer.zero_grad()
             yield index, row
-            yield from ((step, _overall(values)) for step, values in tap.read(wait=True))
+            yield from ((step, tensors.row(values)) for step, values in tap.read(wait=True))
             if left < AFTER_NONFINITE or not math.isfinite(row[LOSS]):
                 left -= 1
             if left < 0:
                 break
-    yield from ((step, _overall(values)) for step, values in tap.read())
-
-
-def _adam(optimizer: torch.optim.Optimizer) -> bool:
-    return all("betas" in group for group in optimizer.param_groups)
-
-
-def _overall(values: dict[str, float]) -> dict[str, float]:
-    """The tap's signals of all tensors as the few of the whole model."""
-    row = {name: values[name] for name in ("grad/all/norm", "update/all/norm")}
-    largest = {
-        "optim/max/rms_t": "/rms_t",
-        "optim/max/rms_t_share": "/rms_t_share",
-        "grad/embed/over_median": "/over_median",
-    }
-    for name, ending in largest.items():
-        found = [value for place, value in values.items() if place.endswith(ending)]
-        if found:
-            # max() would step over a nan, which here is the news.
-            row[name] = math.nan if any(map(math.isnan, found)) else max(found)
-    return row
-
-
-class _Output:
-    """What the model's last forward pass put out, seen through a hook."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model, self._last = model, torch.zeros(0)
-
-    def __enter__(self) -> _Output:
-        self._handle = self._model.register_forward_hook(self._keep)
-        if isinstance(self._model, ByteLM):
-            self._model.watch = True
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._handle.remove()
-        if isinstance(self._model, ByteLM):
-            self._model.watch = False
-
-    def _keep(self, model: nn.Module, inputs: Any, output: Tensor) -> None:
-        self._last = output.detach()
-
-    def row(self) -> dict[str, float]:
-        row = {}
-        if self._last.shape[-1] > 1:
-            row["output/log_z"] = self._last.double().logsumexp(-1).mean().item()
-        if isinstance(self._model, ByteLM):
-            row["attention/max/logit"] = self._model.max_logit()
-        return row
-
-
-class _Curvature:
-    """Directional curvature, measured now and then and held in between."""
-
-    def __init__(self, workload: Workload) -> None:
-        self._workload, self._held = workload, dict[str, float]()
-        self._method: Method = "auto"
-
-    def row(self, index: int) -> dict[str, float]:
-        if index and index % CURVATURE_EVERY == 0:
-            self._measure(index)
-        return dict(self._held)
-
-    def _measure(self, index: int) -> None:
-        model, optimizer = self._workload.model, self._workload.optimizer
-        batch = next(self._workload.micro_batches(index))
-        value = math.nan
-        with contextlib.suppress(NoCurvature):
-            found = directional_curvature(
-                model,
-                lambda: self._workload.loss(model, batch),
-                lr=optimizer.param_groups[0]["lr"],
-                optimizer=optimizer if _adam(optimizer) else None,
-                method=self._method,
-            )
-            value = found.momentum_edge_share
-            # A kernel that has no second derivative now has none later: it is tried once.
-            self._method = "finite_difference" if found.method == "finite_difference" else "auto"
-        self._held = {"curvature/all/directional": value}
+    yield from ((step, tensors.row(values)) for step, values in tap.read())
