@@ -35,7 +35,7 @@ def test_everything_is_forecast(outlook: Outlook) -> None:
         assert quantity.num_runs == 63
     assert outlook.failing.rate is not None
     assert outlook.eps is not None
-    assert len(outlook.run_ids) == 63
+    assert len(outlook.runs) == 63
     assert outlook.sizes == ("16x2", "32x2", "48x2")
     assert any("4 times the parameters" in note for note in outlook.notes)
 

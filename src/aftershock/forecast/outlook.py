@@ -21,10 +21,11 @@ from aftershock.forecast.advice import (
     gradient_line,
     logit_line,
 )
-from aftershock.forecast.failing import FailingRate, forecast_failing, kappa_fit
+from aftershock.forecast.check import Check, check_failing, check_quantity, mean_rungs
+from aftershock.forecast.failing import FailingRate, forecast_failing, kappa_fit, none_or_all_fail, weigh_ways
 from aftershock.forecast.family import Family, find_family
 from aftershock.forecast.fits import LEVEL, Interval, interval_of
-from aftershock.forecast.observations import QUANTITIES, Observations, read_observations
+from aftershock.forecast.observations import QUANTITIES, Observation, Observations, check_enough, read_observations
 from aftershock.forecast.surfaces import Surface, fit_surface
 from aftershock.forecast.trend import Trend, mean_losses, sensitivity_trend
 from aftershock.lab.interventions import BASELINE
@@ -57,8 +58,20 @@ class QuantityForecast(NamedTuple):
     refused: str
 
 
+class AtSize(NamedTuple):
+    """The failing rate that the fit gives one new seed of a size; None where it refuses."""
+
+    size: str
+    num_params: int
+    rate: Interval | None
+
+
 class Outlook(NamedTuple):
-    """All that is forecast of a size, and what it rests on. Intervals hold at `level`, for one new run."""
+    """All that is forecast of a size, and what it rests on. Intervals hold at `level`, for one new run.
+
+    - `runs`: those that the fits saw; `failing_by_size`: the same fit at the sizes trained and at the target
+    - `check`: what runs of the target itself showed, which the fits never see; None where there are none
+    """
 
     schema: int
     study: str
@@ -71,13 +84,16 @@ class Outlook(NamedTuple):
     sizes: tuple[str, ...]
     rates: tuple[float, ...]
     num_seeds: int
-    run_ids: tuple[str, ...]
+    runs: tuple[Observation, ...]
     failing: FailingRate
+    failing_by_size: tuple[AtSize, ...]
     quantities: tuple[QuantityForecast, ...]
     eps: Eps | None
     trend: Trend
     advice: tuple[Advice, ...]
     notes: tuple[str, ...]
+    check: Check | None
+    checked_by: tuple[Observation, ...]
 
     def to_json(self) -> dict[str, Any]:
         """Plain dicts and lists; what is not finite is null."""
@@ -89,27 +105,44 @@ def forecast_study(
 ) -> Outlook:
     """The forecast of size `to` from the runs of one arm of these studies, at rate `lr` (the largest size's best rate).
 
-    Deterministic in `seed`. Raises ValueError as `read_observations` and `Family.check` do, and for a rate outside
-    those trained.
+    Runs of the target itself are left out of every fit: they check the forecast. Deterministic in `seed`. Raises
+    ValueError as `read_observations` and `Family.check` do, and for a rate outside those trained.
 
     Example:
         outlook = forecast_study(["out/sweep"], to="128x2", arm="no_qk_norm")
         print(outlook.failing.rate)
     """
-    found = read_observations(folders, arm=arm)
+    target = parse_size(to)
+    everything = read_observations(folders, arm=arm)
+    found, later = set_apart(everything, target)
     baseline = None
     if found.arm != BASELINE:
         try:
-            baseline = read_observations(folders, arm=BASELINE)
+            baseline = set_apart(read_observations(folders, arm=BASELINE), target)[0]
         except ValueError:  # there is no such arm, or not enough of it: the check says so
             baseline = None
-    return forecast(found, parse_size(to), lr=lr, baseline=baseline, seed=seed)
+    return forecast(found, target, lr=lr, baseline=baseline, later=later, seed=seed)
+
+
+def set_apart(found: Observations, target: Size) -> tuple[Observations, Observations]:
+    """The runs of other sizes, and those of the target. Raises ValueError where the others are not enough to fit."""
+    mine = [(run.width, run.depth) == (target.width, target.depth) for run in found.runs]
+    others = found._replace(runs=tuple(run for run, own in zip(found.runs, mine, strict=True) if not own))
+    if any(mine):
+        check_enough(others)
+    return others, found._replace(runs=tuple(run for run, own in zip(found.runs, mine, strict=True) if own))
 
 
 def forecast(
-    found: Observations, target: Size, *, lr: float | None = None, baseline: Observations | None = None, seed: int = 0
+    found: Observations,
+    target: Size,
+    *,
+    lr: float | None = None,
+    baseline: Observations | None = None,
+    later: Observations | None = None,
+    seed: int = 0,
 ) -> Outlook:
-    """`forecast_study` of runs already read."""
+    """`forecast_study` of runs already read; `later` are those of the target."""
     family = find_family([(run.width, run.depth) for run in found.runs])
     family.check(target)
     trend = sensitivity_trend(found, family, target, baseline=baseline, seed=seed)
@@ -119,7 +152,12 @@ def forecast(
         raise ValueError(f"rate {rate:g} lies outside the rates trained, {found.rates[0]:g} to {found.rates[-1]:g}")
     keys = [key for key in QUANTITIES if any(key in run.readings for run in found.runs)]
     surfaces = {key: fit_surface(found, family, key, seed=seed) for key in keys}
-    failing = forecast_failing(found, family, target, seed=seed)
+    ways = None if none_or_all_fail(found) else weigh_ways(found, seed=seed)
+    failing = forecast_failing(found, family, target, ways=ways, seed=seed)
+    sized = [
+        AtSize(size, one.num_params, forecast_failing(found, family, _size(one), ways=ways, seed=seed).rate)
+        for size, one in ((size, found.only(size).runs[0]) for size in found.sizes)
+    ]
     lines = _lines(found, failing, seed)
     quantities = tuple(_quantity(found, surfaces[key], target, rate, lines.get(key)) for key in keys)
     values = {quantity.key: quantity.interval for quantity in quantities if quantity.interval is not None}
@@ -139,14 +177,30 @@ def forecast(
         sizes=tuple(found.sizes),
         rates=tuple(found.rates),
         num_seeds=len({run.seed for run in found.runs}),
-        run_ids=tuple(run.run_id for run in found.runs),
+        runs=found.runs,
         failing=failing,
+        failing_by_size=(*sized, AtSize(target.label, target.num_block_params, failing.rate)),
         quantities=quantities,
         eps=eps,
         trend=trend,
         advice=tuple(advise(found.config, rate, failing, values, lines, eps)),
         notes=found.notes + _notes(found, family, target),
+        check=None if later is None or not later.runs else _check(failing, quantities, later, found.rates),
+        checked_by=() if later is None else later.runs,
     )
+
+
+def _check(
+    failing: FailingRate, quantities: Sequence[QuantityForecast], later: Observations, rates: Sequence[float]
+) -> Check:
+    seeds = check_failing(failing, later, rates)
+    rows = (check_quantity(one.key, one.by_rate, later) for one in quantities if one.by_rate)
+    return Check(len(later.runs), seeds, mean_rungs(seeds), tuple(row for row in rows if row.num_runs))
+
+
+def _size(run: Observation) -> Size:
+    """Heads do not matter to a fit."""
+    return Size(run.width, run.depth, heads=1)
 
 
 def plain(value: Any) -> Any:
