@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from aftershock.forecast.failing import FailingRate, next_rate
 from aftershock.forecast.fits import Interval
-from aftershock.forecast.observations import Observations, Reading
+from aftershock.forecast.observations import QUANTITIES, Observations, Reading
 
 
 class SeedCheck(NamedTuple):
@@ -35,6 +35,11 @@ class QuantityCheck(NamedTuple):
     num_inside: int
     num_runs: int
 
+    @property
+    def title(self) -> str:
+        """Its name in words."""
+        return QUANTITIES[self.key].title
+
 
 class Check(NamedTuple):
     """What runs of the size showed. `rungs`: the mean over seeds, None where the forecast or the finding is open."""
@@ -51,7 +56,7 @@ class Check(NamedTuple):
         found = "at no rate of the ladder" if self.rungs is None else f"{abs(self.rungs):.2g} rungs from the one found"
         if self.rungs is not None and abs(self.rungs) < 0.005:
             found = "the one found"
-        held = ", ".join(f"{one.key} {one.num_inside}/{one.num_runs}" for one in self.quantities)
+        held = ", ".join(f"{one.title} {one.num_inside}/{one.num_runs}" for one in self.quantities)
         return (
             f"Trained since: the failing rate foretold is {found}; its interval holds for {met} of {len(self.seeds)} "
             f"seeds. Signals within their intervals: {held or 'none was forecast'}."
