@@ -72,9 +72,10 @@ def test_the_example_runs_as_printed(here: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_commands_and_flags_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    """contract: every flag that the page names is the command's."""
-    with pytest.raises(SystemExit):
-        cli.main(["replay", "--help"])
+    """contract: every flag that the page names is the command's, or of the sweep that makes a run to replay."""
+    for command in ("replay", "sweep"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
     usage = capsys.readouterr().out
     flags = set(re.findall(r"`?(--[a-z]+)", PAGE)) - {"--rerun"}
     assert flags

@@ -48,6 +48,22 @@ class TestSpikes:
         assert find_spikes([1.0] * 60 + [9.0, math.nan, 50.0] + [1.0] * 30) == [Spike(60, 61, 63)]
         assert find_spikes([math.nan] * 3) == [Spike(0, 0, 3)]
 
+    @pytest.mark.parametrize(
+        ("height", "fall", "noise"), [(100.0, 3, 0.0), (1e3, 4, 0.0), (1e4, 2, 0.0), (1e3, 6, 0.02), (50.0, 8, 0.05)]
+    )
+    def test_the_way_down_is_no_further_spike(self, height: float, fall: int, noise: float) -> None:
+        """planted: from a twentieth of its height on a spike is over, though far above the calm loss for long; and one
+        that comes after its tail is another."""
+        random = torch.Generator().manual_seed(0)
+        losses = (noise * torch.randn(400, generator=random)).exp().tolist()
+        for step in range(100, 400):
+            losses[step] += height * math.exp((100 - step) / fall)
+        (spike,) = find_spikes(losses)
+        assert (spike.onset, spike.peak) == (100, 100)
+        assert abs(spike.end - (100 + fall * math.log(20))) <= 2  # the noise moves it by a step
+        losses[300:303] = [9.0, 20.0, 9.0]
+        assert [found.onset for found in find_spikes(losses)] == [100, 300]
+
 
 class TestRecord:
     def test_where_it_goes_back_to(self, subject: Subject) -> None:
@@ -91,6 +107,23 @@ class TestRecord:
         seen = record(make(), steps=140, label=lambda losses: [(50, 51, 53), (90, 91, 99)][: len(losses) // 60], nth=1)
         assert seen is not None
         assert seen.window == Window(40, 90, 91, 99)
+
+    def test_a_workload_that_stands_further_on(self, make: Build, subject: Subject) -> None:
+        """equivalence: with the losses of its first 70 steps, which it has taken, the same window and losses come out;
+        the snapshots are from after it."""
+        workload = make()
+        for step in range(70):
+            workload.backward(step)
+            workload.optimizer.step()
+            assert workload.scheduler is not None
+            workload.scheduler.step()
+            workload.optimizer.zero_grad()
+        seen = record(workload, steps=400, before=[subject.recorded[step] for step in range(70)])
+        assert seen is not None
+        assert seen.window == subject.window
+        assert seen.recorded == subject.recorded
+        assert sorted(seen.states) == [100]
+        assert min(seen.rows) == 70
 
     def test_a_loss_that_stays_not_finite_ends_the_recording(self, make: Build) -> None:
         """planted: the weights become NaN at step 100; the snapshots are from before."""

@@ -1,6 +1,7 @@
-"""`aftershock replay`: explain a spike of a guarded run, or of a specimen of the zoo.
+"""`aftershock replay`: explain a spike of a guarded run, of a run of the lab, or of a specimen of the zoo.
 
-The zoo is the lab's and the page the report's, which this room may not import: whoever runs the command hands both in.
+Runs and zoo are the lab's and the page the report's, which this room may not import: whoever runs the command hands
+them in.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from tyro.conf import Positional, arg
 
 if TYPE_CHECKING:
     from aftershock.replay.explain import Explanation
+    from aftershock.replay.rerun import Rerun
     from aftershock.replay.subject import Subject
 
 ZOO = "zoo:"
@@ -33,15 +35,23 @@ class Chosen(NamedTuple):
 
 Zoo = Callable[[str, int], Chosen]
 """Trains the specimen of a name with a seed until it spikes."""
+Lab = Callable[[Path, bool], "Rerun | None"]
+"""The run of the lab in a folder, None where there is none; True: also where it is not what it was."""
 WritePage = Callable[["Explanation", Path], Path]
 """Writes the page of an explanation into a folder; returns its path. `report.replay.write_replay_page` is one."""
+
+
+def no_lab(folder: Path, anyway: bool) -> Rerun | None:
+    """For who has no runs of the lab."""
+    return None
 
 
 @dataclass(frozen=True)
 class Replay:
     """Explain a spike: the same steps again with one thing changed at a time, beside controls and shams.
 
-    The workload is built by your own function, as the recorded run began:
+    A run of the lab (made by `aftershock sweep` or `aftershock run`) is built from its own config. The workload of any
+    other is built by your own function, as the recorded run began:
 
         from aftershock.workload import Workload
 
@@ -57,7 +67,10 @@ class Replay:
     """
 
     incident: Positional[Annotated[str, arg(metavar="RUN_OR_INCIDENT")]]
-    """An incident's folder; a guard's or a run's folder, for its newest incident with a snapshot; or zoo:NAME."""
+    """A run's folder of the lab; an incident's folder; a guard's or a guarded run's, for its newest incident with a
+    snapshot; or zoo:NAME."""
+    step: int | None = None
+    """Of a run of the lab: the spike under way at this step, or one that begins there; by default its first."""
     workload: Annotated[str, arg(metavar="FILE.py:FUNCTION")] = ""
     """The function that builds the workload; or package.module:FUNCTION."""
     cells: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
@@ -80,13 +93,13 @@ class Replay:
     out: Path = Path("out/replay")
     """Folder for the page."""
 
-    def run(self, write_page: WritePage, zoo: Zoo) -> int:
+    def run(self, write_page: WritePage, zoo: Zoo, lab: Lab = no_lab) -> int:
         """Exit status."""
         from aftershock.replay.explain import replay
         from aftershock.replay.table import print_explanation
         from aftershock.replay.written import explanation_json
 
-        asked = self._zoo(zoo) if self.incident.startswith(ZOO) else self._recorded()
+        asked = self._zoo(zoo) if self.incident.startswith(ZOO) else self._recorded(lab)
         if asked.words:
             sys.stderr.write(asked.words + "\n")
         found = replay(
@@ -107,16 +120,23 @@ class Replay:
         return 0
 
     def _zoo(self, zoo: Zoo) -> Chosen:
-        if self.workload or self.snapshot or self.anyway:
-            raise ValueError(f"{self.incident} brings its own workload: leave out --workload, --snapshot and --anyway")
+        if self.workload or self.snapshot or self.anyway or self.step is not None:
+            raise ValueError(
+                f"{self.incident} brings its own workload: leave out --workload, --snapshot, --anyway and --step"
+            )
         name = self.incident.removeprefix(ZOO)
         sys.stderr.write(f"training {name} with seed {self.seed} until it spikes\n")
         return zoo(name, self.seed)
 
-    def _recorded(self) -> Chosen:
+    def _recorded(self, lab: Lab) -> Chosen:
         from aftershock.replay.given import RETURNS, find_incident, load_workload
         from aftershock.replay.subject import Subject
 
+        run = None if self.workload or self.snapshot else lab(Path(self.incident), self.anyway)
+        if run is not None:
+            return self._retrained(run)
+        if self.step is not None:
+            raise ValueError(f"--step is of a run of the lab's, and {self.incident} is none: an incident has its step")
         found = find_incident(self.incident)
         if not self.workload:
             raise ValueError(
@@ -126,6 +146,13 @@ class Replay:
         given = load_workload(self.workload)
         subject = Subject.from_incident(found.folder, given.workload, snapshot=self.snapshot, anyway=self.anyway)
         return Chosen(subject, given.decode, found.words)
+
+    def _retrained(self, run: Rerun) -> Chosen:
+        from aftershock.replay.rerun import retrain
+
+        sys.stderr.write(f"training {run.name} again until it spikes\n")
+        found = retrain(run, step=self.step)
+        return Chosen(found.subject, None, found.words)
 
 
 class _Lines:

@@ -51,18 +51,21 @@ def find_spikes(losses: Sequence[float]) -> list[Spike]:
 
     b and s are median and scaled MAD (at least 0.01 b) of the 50 losses up to 16 steps before the alarm. `onset` is the
     first of the steps in a row above b + 3 s that lead to the alarm, `end` the first of 20 in a row no higher than
-    b + max(3 s, 0.05 (peak - b)).
+    b + max(3 s, 0.05 (peak - b)). From there on the rule starts afresh: what is left of a high spike on its way down is
+    its own tail, and no spike begins in the 20 steps that ended one.
 
     >>> find_spikes([1.0] * 60 + [1.4, 5.0, 2.0] + [1.0] * 60)
     [Spike(onset=60, peak=61, end=63)]
     """
     rule = Robust()
-    state, found, free = rule.init(), list[Spike](), 0
-    for step, loss in enumerate(losses):
-        state, verdict = rule.update(state, loss)
-        if step >= free and verdict in ("spike", "nonfinite"):
-            found.append(_follow(losses, step, free))
-            free = found[-1].end
+    state, found, step, free = rule.init(), list[Spike](), 0, 0
+    while step < len(losses):
+        state, verdict = rule.update(state, losses[step])
+        step += 1
+        spike = follow(losses, step - 1, free) if verdict in ("spike", "nonfinite") else None
+        if spike is not None and spike.end > spike.peak:  # else the loss was in the band all the time
+            found.append(spike)
+            state, step, free = rule.init(), spike.end, spike.end
     return found
 
 
@@ -76,8 +79,9 @@ def record(
     before_step: StepHook | None = None,
     after_backward: StepHook | None = None,
     tail: int | None = None,
+    before: Sequence[float] = (),
 ) -> Subject | None:
-    """Train `workload` from where it stands (step 0) for at most `steps` steps until a spike has come and gone.
+    """Train `workload` from where it stands up to step `steps` at most, until a spike has come and gone.
 
     Keeps the newest snapshot at least `margin` steps before the onset (the oldest there is where the spike came
     sooner), and one at least twice that earlier. Then goes on for `tail` steps, by default as far as a full
@@ -86,6 +90,7 @@ def record(
 
     - `label`: the rule that finds spikes; `nth`: which of them, 0 the first
     - `before_step`, `after_backward`: what happens to the process from outside. A replay does not see it again
+    - `before`: the losses so far, one a step, of a workload that stands further on than before step 0
 
     Memory: `SLOTS` + 2 copies of the state. Raises ValueError for steps or margin below 1.
 
@@ -94,10 +99,10 @@ def record(
     """
     if steps < 1 or margin < 1 or nth < 0 or (tail is not None and tail < 0):
         raise ValueError(f"steps={steps}, margin={margin}, nth={nth}, tail={tail}: give at least 1, 1, 0 and 0")
-    tape = _Tape(workload, margin=margin, before_step=before_step, after_backward=after_backward)
+    tape = _Tape(workload, before, margin=margin, before_step=before_step, after_backward=after_backward)
     every, spike = max(1, margin // 2), None
     while len(tape.losses) < steps and not tape.hopeless:
-        if len(tape.losses) % every == 0:
+        if len(tape.losses) % every == 0 or len(tape.losses) == len(before):
             tape.take()
             spike = _nth(label(tape.losses), nth)
             if spike is not None and spike.end < len(tape.losses):
@@ -119,7 +124,13 @@ class _Tape:
     """The recording: the loop, the recorder, and the two snapshots that are pinned in it."""
 
     def __init__(
-        self, workload: Workload, *, margin: int, before_step: StepHook | None, after_backward: StepHook | None
+        self,
+        workload: Workload,
+        before: Sequence[float],
+        *,
+        margin: int,
+        before_step: StepHook | None,
+        after_backward: StepHook | None,
     ) -> None:
         self._workload, self._margin = workload, margin
         self._training = Training(workload.model, workload.optimizer, scheduler=workload.scheduler)
@@ -129,7 +140,7 @@ class _Tape:
         self._run.after_backward += [] if after_backward is None else [after_backward]
         self._run.batch = self._batch
         self._pinned: list[int] = []
-        self.losses: list[float] = []
+        self.losses = list(before)
         self._rows: list[Taken] = []
         self._digests: dict[int, str] = {}
         self._around = surroundings(self._training.params.values())
@@ -201,8 +212,8 @@ def _nth(spikes: Sequence[tuple[int, int, int]], nth: int) -> Spike | None:
     return Spike(*spikes[nth]) if len(spikes) > nth else None
 
 
-def _follow(losses: Sequence[float], alarm: int, first: int) -> Spike:
-    """The spike that an alarm is part of; calm steps before it began at `first`."""
+def follow(losses: Sequence[float], alarm: int, first: int) -> Spike:
+    """The spike that an alarm is part of, by the rule of `find_spikes`; calm steps before it began at `first`."""
     calm = [x for x in losses[max(first, alarm - WINDOW - DELAY) : max(first, alarm - DELAY)] if math.isfinite(x)]
     calm = calm or [x for x in losses[first:alarm] if math.isfinite(x)]
     level, mad = median_mad(calm) if calm else (math.inf, 0.0)
