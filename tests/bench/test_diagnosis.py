@@ -42,10 +42,10 @@ def incident(name: str, seed: int, cause: str, *ranked: tuple[str, float], verdi
 
 
 SOME = [
-    incident("a", 4, "C7", ("C7", 0.97), ("C8", 0.02)),
-    incident("a", 3, "C7", ("C8", 0.6), ("C7", 0.3), verdict="undecided"),
-    incident("b", 4, "C1", ("C3", 0.9), ("C1", 0.05)),
-    incident("b", 3, "C1"),
+    incident("a", 8, "C7", ("C7", 0.97), ("C8", 0.02)),
+    incident("a", 7, "C7", ("C8", 0.6), ("C7", 0.3), verdict="undecided"),
+    incident("b", 8, "C1", ("C3", 0.9), ("C1", 0.05)),
+    incident("b", 7, "C1"),
 ]
 
 
