@@ -23,8 +23,10 @@ from aftershock.replay.command import Chosen, Replay
 from aftershock.signals.detect.command import Detect
 
 if TYPE_CHECKING:
+    from aftershock.forecast.outlook import Outlook
     from aftershock.lab.sweep import SweepSpec
     from aftershock.replay.explain import Explanation
+    from aftershock.replay.rerun import Rerun
 
 USER_ERROR, FAILED = 2, 1
 DEMO_SPIKE = "lag_99"
@@ -184,7 +186,9 @@ class Claims:
     """The scoreboard of published claims, from recorded evidence; or judge some again with `--run`."""
 
     run_: Annotated[tuple[str, ...], arg(name="run")] = ()
-    """Claims to run again, such as P1 P7; `all` for every one that has a study."""
+    """Claims to run again, such as P1 P7; `all` for every one that has a study, E1 to E4 only with `--scores`."""
+    scores: Annotated[Path | None, arg(metavar="FOLDER")] = None
+    """Folder with the tables of benchmark scores that E1 to E4 are judged on."""
     out: Path = Path("out/claims")
     """Where the studies' runs go; claims share them."""
     processes: int = 0
@@ -199,7 +203,7 @@ class Claims:
         if self.run_:
             from aftershock.report.progress import progress_bar
 
-            judge_all(self.run_, self.out, processes=self.processes, on_progress=progress_bar)
+            judge_all(self.run_, self.out, processes=self.processes, on_progress=progress_bar, scores=self.scores)
         if self.json:
             print(scoreboard_json(self.out / "records"))
         else:
@@ -235,7 +239,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             return command.run(write_detectors_page, write_survival_page)
         if isinstance(command, Replay):
-            return command.run(_replay_page, _specimen)
+            return command.run(_replay_page, _specimen, _lab_run)
+        if isinstance(command, Forecast):
+            return command.run(_forecast_page)
         return command.run()
     except (ValueError, OSError) as error:
         print(f"aftershock: {error}", file=sys.stderr)
@@ -259,6 +265,13 @@ def _replay_page(explanation: Explanation, folder: Path) -> Path:
     return write_replay_page(explanation, folder)
 
 
+def _forecast_page(outlook: Outlook, folder: Path) -> Path:
+    """Imports the page only when there is something to write."""
+    from aftershock.report.forecast import write_forecast_page
+
+    return write_forecast_page(outlook, folder)
+
+
 def _specimen(name: str, seed: int) -> Chosen:
     """The first spike of a specimen of the zoo, for a replay."""
     import torch
@@ -274,6 +287,21 @@ def _specimen(name: str, seed: int) -> Chosen:
     if subject is None:
         raise ValueError(f"{name} does not spike with seed {seed}; try another --seed")
     return Chosen(subject, None, f"{name}: {chosen.about} Known cause: {chosen.cause}.")
+
+
+def _lab_run(folder: Path, anyway: bool) -> Rerun | None:
+    """The lab's run in a folder, for a replay."""
+    import torch
+
+    from aftershock.lab.replaying import find_run
+    from aftershock.lab.zoo.labels import label
+    from aftershock.replay.rerun import Rerun
+
+    torch.set_num_threads(1)  # as the lab trains, and the replays
+    run = find_run(folder, anyway=anyway)
+    if run is None:
+        return None
+    return Rerun(str(folder), run.losses, run.steps, run.build, label, run.notes)
 
 
 def _sweep_and_report(

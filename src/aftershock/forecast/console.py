@@ -1,4 +1,5 @@
-"""`aftershock forecast` and `aftershock plan`: a size never trained, and which small runs would say more of it.
+"""`aftershock forecast` and `aftershock plan`: a size never trained, a run's end from its start, a run under way; and
+which small runs would say more.
 
 rich is imported inside the functions; must not import torch at the top.
 """
@@ -7,9 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
     from aftershock.forecast.outlook import Outlook
     from aftershock.forecast.plan import Plan as PlanResult
 
+WritePage = Callable[["Outlook", Path], Path]
+"""Writes the page of a forecast into a folder; returns its path. `report.forecast.write_forecast_page` is one."""
+PAGES = Path("out/forecast")
 WIDE = 110
 """Terminal columns from which on the table tells of the fits too."""
 FIRST_SEED = 100
@@ -29,28 +34,75 @@ FIRST_SEED = 100
 
 @dataclass(frozen=True)
 class Forecast:
-    """Forecast the failing rate and the signals of a size never trained, from small runs, and what to change."""
+    """Forecast the failing rate and the signals of a size never trained (--to), a run's end from its first steps
+    (--early), or what a run under way is about to do (--live)."""
 
     studies: Positional[Annotated[tuple[str, ...], arg(metavar="STUDY ...")]]
-    """Study folders; their runs are taken together."""
-    to: Annotated[str, arg(metavar="SIZE")]
+    """Study folders, whose runs are taken together; with --live the folder or log of one run."""
+    to: Annotated[str, arg(metavar="SIZE")] = ""
     """The size to forecast: WIDTHxDEPTH[xHEADS], or 2.4M ... 4.8B of the paper's family."""
     arm: Annotated[str, arg(metavar="ARM")] = ""
     """Arm of the studies; needed where there are several."""
     lr: Annotated[float | None, arg(metavar="RATE")] = None
     """Peak rate to forecast the signals at; the best rate of the largest size trained if left out."""
+    early: bool = False
+    """Score what the first steps of these runs told of their ends, and give each run a probability of failing."""
+    at: Annotated[int | None, arg(metavar="STEP")] = None
+    """The step that --early looks at; the first one measured at 2 % of the run if left out."""
+    live: bool = False
+    """Follow a run as it trains, and say when it is about to spike or diverge."""
+    every: Annotated[float, arg(metavar="SECONDS")] = 2.0
+    """How often --live looks."""
+    out: Path | None = None
+    """Folder for the page of --to; out/forecast if left out, and none with --json."""
     json: bool = False
     """Print the forecast as JSON."""
 
-    def run(self) -> int:
+    def run(self, write_page: WritePage | None = None) -> int:
+        """Exit status. Without `write_page` there is no page."""
+        self._check()
+        if self.live:
+            from aftershock.forecast.live import follow
+
+            return follow(self.studies[0], poll_s=self.every, as_json=self.json)
+        if self.early:
+            from aftershock.forecast.early import early_divergence
+            from aftershock.forecast.early_console import print_early
+
+            early = early_divergence(self.studies, arm=self.arm, at=self.at)
+            if self.json:
+                _write_json(early.to_json())
+            else:
+                print_early(early)
+            return 0
         from aftershock.forecast.outlook import forecast_study
 
         outlook = forecast_study(self.studies, to=self.to, arm=self.arm, lr=self.lr)
         if self.json:
-            sys.stdout.write(json.dumps(outlook.to_json(), indent=1, allow_nan=False) + "\n")
+            _write_json(outlook.to_json())
         else:
             print_outlook(outlook)
+        folder = PAGES if self.out is None and not self.json else self.out
+        if write_page is not None and folder is not None:
+            page = write_page(outlook, folder)
+            if not self.json:
+                sys.stdout.write(f"\npage: {page}\n")
         return 0
+
+    def _check(self) -> None:
+        """Raises ValueError unless one of the three forecasts is asked for, with flags that belong to it."""
+        asked = [flag for flag, on in (("--to SIZE", self.to), ("--early", self.early), ("--live", self.live)) if on]
+        if len(asked) != 1:
+            got = f"got {' and '.join(asked)}" if asked else "got none"
+            raise ValueError(f"a forecast takes one of --to SIZE, --early and --live, {got}")
+        if self.at is not None and not self.early:
+            raise ValueError(f"--at is the step that --early looks at; it has no meaning with {asked[0]}")
+        if self.lr is not None and not self.to:
+            raise ValueError(f"--lr is a rate of the size given by --to; it has no meaning with {asked[0]}")
+        if self.out is not None and not self.to:
+            raise ValueError(f"--out is for the page of --to; there is none of {asked[0]}")
+        if self.live and (len(self.studies) != 1 or self.arm):
+            raise ValueError("--live follows one run: give one folder or log, and no --arm")
 
 
 @dataclass(frozen=True)
@@ -77,7 +129,7 @@ class Plan:
         budget_s, target = parse_budget(self.budget), parse_size(self.to)
         plan = make_plan(read_observations(self.studies, arm=self.arm), target, budget_s=budget_s)
         if self.json:
-            sys.stdout.write(json.dumps(plain(plan), indent=1, allow_nan=False) + "\n")
+            _write_json(plain(plan))
         else:
             print_plan(plan, self.studies)
         return 0
@@ -107,9 +159,11 @@ def print_outlook(outlook: Outlook, *, console: Console | None = None) -> None:
         out.print(Text(f"Change: {advice.change}. Why: {advice.why}.", style="yellow"))
     if not outlook.advice:
         out.print(Text(f"Nothing to change: no interval crosses its line at rate {outlook.lr:.3g}.", style="green"))
+    if outlook.check is not None:
+        out.print(Text(outlook.check.words, style="bold"))
     for note in outlook.notes:
         out.print(Text(f"Note: {note}", style="dim"))
-    rests = f"{len(outlook.run_ids)} runs of {outlook.study}, arm {outlook.arm}: {', '.join(outlook.sizes)} "
+    rests = f"{len(outlook.runs)} runs of {outlook.study}, arm {outlook.arm}: {', '.join(outlook.sizes)} "
     rests += f"({outlook.family}), {len(outlook.rates)} rates, {outlook.num_seeds} seeds"
     out.print(Text(f"Rests on {rests}. Intervals: {outlook.level:.0%}, for one new run.", style="dim"))
 
@@ -159,6 +213,10 @@ def plan_commands(plan: PlanResult, studies: Sequence[str]) -> list[str]:
     if commands:
         commands.append(f"aftershock forecast {' '.join([*studies, *folders])} --to {plan.target} --arm {plan.arm}")
     return commands
+
+
+def _write_json(record: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def _quantities(outlook: Outlook, *, wide: bool) -> Table:
