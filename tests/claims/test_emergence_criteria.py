@@ -13,10 +13,9 @@ import pytest
 from aftershock.claims.claim import Judgement
 from aftershock.claims.emergence_criteria import (
     CHECKPOINTS,
-    CRITERIA,
-    FILES,
     MIXED_EXPERTS,
     MODELS,
+    SCORE_TRIALS,
     judge_e1,
     judge_e2,
     judge_e3,
@@ -125,24 +124,23 @@ def test_mixtures_of_experts_are_left_out(tmp_path: Path) -> None:
 def test_too_little_to_judge_is_said(tmp_path: Path) -> None:
     """contract."""
     (tmp_path / MODELS).write_text(HEADER + "t,acc,m,,1e21,0.5,\n", encoding="utf-8")
-    table = load_scores(tmp_path, "E1")
+    table = load_scores(tmp_path, [MODELS])
     for criterion in (judge_e1, judge_e4):
         with pytest.raises(ValueError, match="no curve has enough models below and above"):
             criterion(table)
     with pytest.raises(ValueError, match="no family has three sizes"):
         judge_e2(table)
     with pytest.raises(ValueError, match=f"{CHECKPOINTS}: no such file"):
-        load_scores(tmp_path, "E3")
-    with pytest.raises(ValueError, match="known: E1, E2, E3, E4"):
-        load_scores(tmp_path, "E5")
+        load_scores(tmp_path, [MODELS, CHECKPOINTS])
 
 
 @pytest.mark.skipif(not FOLDER.is_dir(), reason="no public scores: set AFTERSHOCK_SCORES to the folder of the files")
-@pytest.mark.parametrize("claim_id", FILES)
+@pytest.mark.parametrize("claim_id", SCORE_TRIALS)
 def test_public_scores_can_be_judged(claim_id: str) -> None:
     """contract: a verdict that its own numbers bear out, and the same again."""
-    table = load_scores(FOLDER, claim_id)
-    judged: Judgement = CRITERIA[claim_id](table)
+    trial = SCORE_TRIALS[claim_id]
+    table = load_scores(FOLDER, trial.files)
+    judged: Judgement = trial.criterion(table)
     assert judged.interval[0] <= judged.effect <= judged.interval[1]
     assert judged.detail
-    assert CRITERIA[claim_id](table) == judged
+    assert trial.criterion(table) == judged

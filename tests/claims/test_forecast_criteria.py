@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,20 +14,20 @@ import pytest
 from aftershock.claims.claim import RunResult, Signal
 from aftershock.claims.criteria import NO_QK
 from aftershock.claims.forecast_criteria import (
-    COMMITTED,
     FITTED,
     FORECAST_TRIALS,
     HELD_OUT,
     _rate_at,
     _rung,
-    commit_forecast,
     early_logit_separates,
     failing_rate_is_foretold,
-    fitted_sweep,
     foretell,
     observations_of,
+    to_commit,
 )
+from aftershock.claims.foretold import COMMITTED
 from aftershock.claims.growth import LOGIT
+from aftershock.claims.records import checkout_folder, read_records
 from aftershock.lab.recipe import PAPER_LRS
 from aftershock.lab.sizes import parse_size
 from aftershock.lab.sweep import expand
@@ -146,25 +145,32 @@ def test_only_the_fitted_sizes_are_seen() -> None:
     assert foretell(runs) == foretell(other)
 
 
-def test_the_forecast_comes_first(tmp_path: Path) -> None:
-    """contract: written once, kept afterwards, and refused where a held-out run is there before it."""
+def test_what_is_committed_is_what_is_foretold() -> None:
+    """contract: of each held-out size, as JSON holds it, and to the last bit the same again."""
     fitted = [run for run in study("P5") if run.size in FITTED]
-    path = commit_forecast(fitted, tmp_path / "P5", runs=tmp_path / "runs")
-    assert path == tmp_path / "P5" / COMMITTED
-    text = path.read_text()
-    assert set(json.loads(text)) == set(HELD_OUT)
-    commit_forecast([], tmp_path / "P5", runs=tmp_path / "runs")
-    assert path.read_text() == text
-    late = next(p.ref.run_id for p in expand(FORECAST_TRIALS["P5"].sweep) if p.ref.size == HELD_OUT[0])
-    (tmp_path / "runs" / late).mkdir(parents=True)
-    (tmp_path / "runs" / late / "done.json").write_text('{"status": "finished"}')
-    with pytest.raises(ValueError, match=r"1 runs of 96x2, 192x2 are done already .* a forecast must come first"):
-        commit_forecast(fitted, tmp_path / "late", runs=tmp_path / "runs")
+    made = to_commit(fitted)
+    assert set(made) == set(HELD_OUT)
+    assert json.loads(json.dumps(made, allow_nan=False)) == made == to_commit(fitted)
+    assert made["96x2"]["ladder_rate"] == foretell(fitted)["96x2"].ladder_rate
+
+
+def test_the_record_holds_the_forecast_that_was_committed() -> None:
+    """contract: the file beside the record says what the record says was foretold."""
+    records, folder = read_records().get("P5", []), checkout_folder()
+    if not records or folder is None:
+        pytest.skip("P5 is not on record in this checkout")
+    committed = json.loads((folder / "P5" / COMMITTED).read_text())
+    assert committed["date"][:10] <= records[0].date
+    assert set(committed["run_ids"]) < set(records[0].run_ids)
+    rates = {size: said["ladder_rate"] for size, said in committed["forecast"].items()}
+    assert records[0].detail["failing rate foretold"] == pytest.approx(rates, rel=1e-5)  # a record has six digits
 
 
 def test_the_studies_share_their_runs() -> None:
     """property: P4's runs are the fitted part of P5's, by id, and no held-out one is among them."""
-    fitted = {p.ref.run_id for p in expand(fitted_sweep())}
+    forecast = FORECAST_TRIALS["P5"].forecast
+    assert forecast is not None
+    fitted = {p.ref.run_id for p in expand(forecast.sweep)}
     assert {p.ref.run_id for p in expand(FORECAST_TRIALS["P4"].sweep)} == fitted
     held = {p.ref.run_id for p in expand(FORECAST_TRIALS["P5"].sweep) if p.ref.size in HELD_OUT}
     assert not held & fitted

@@ -1,4 +1,4 @@
-"""Criteria on incidents and on counted spikes: each verdict from planted lines, and the intervals they rest on."""
+"""Criteria on incidents and on counted spikes: each verdict from planted lines."""
 
 from __future__ import annotations
 
@@ -9,15 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from aftershock.claims.catalog import find_claim
 from aftershock.claims.claim import Judgement, Line, LineTrial, Verdict
 from aftershock.claims.counted_criteria import FAMILIES
 from aftershock.claims.incident import Answer, Belief, Counted, FirstPlace, Incident, Level, Mind
 from aftershock.claims.incident_criteria import CORNERS, DECAYS
-from aftershock.claims.shares import Share, difference, together
 from aftershock.store.folder import to_json
 
 VERDICTS: tuple[Verdict, ...] = ("supported", "contradicted", "inconclusive")
@@ -340,35 +337,3 @@ def test_sharpness_counts_before_the_first_spike_only() -> None:
     result = judged("H7", late)
     assert result.detail["equal loss"] == {"curve": 0.3, "language": 0.1}
     assert result.effect == pytest.approx(0.25)  # of the curve, 0, and of the text, 0.5
-
-
-# ------------------------------------------------------------------------------------------------------- intervals
-
-
-def test_oracle_newcombe() -> None:
-    """oracle: Newcombe 1998 (Statistics in Medicine 17, 873), table II, 56/70 less 48/80 by method 10."""
-    measured = difference(Share(56, 70), Share(48, 80))
-    assert measured.value == pytest.approx(0.2)
-    assert (round(measured.low, 4), round(measured.high, 4)) == (0.0524, 0.3339)
-
-
-shares = st.integers(1, 30).flatmap(lambda n: st.builds(Share, st.integers(0, n), st.just(n)))
-
-
-@given(shares, shares)
-def test_property_of_a_difference(a: Share, b: Share) -> None:
-    """property: antisymmetric; holds its value; within -1 and 1."""
-    ab, ba = difference(a, b), difference(b, a)
-    assert ab.low == pytest.approx(-ba.high, abs=1e-12)  # rounding
-    assert -1 - 1e-12 <= ab.low <= ab.value <= ab.high <= 1 + 1e-12
-
-
-@given(st.lists(st.sampled_from(VERDICTS)), st.sampled_from(VERDICTS))
-def test_property_of_classes_together(verdicts: list[Verdict], more: Verdict) -> None:
-    """property: order means nothing; all must support; one that supports and one that contradicts settle nothing."""
-    by_class: dict[str, Verdict] = {str(i): verdict for i, verdict in enumerate(verdicts)}
-    found = together(by_class)
-    assert found == together(dict(reversed(by_class.items())))
-    assert (found == "supported") == (set(verdicts) == {"supported"})
-    if {"supported", "contradicted"} <= {*verdicts, more}:
-        assert together({**by_class, "more": more}) == "inconclusive"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from aftershock.claims.claim import Claim
+from aftershock.claims.claim import Claim, ScoreTrial
 from aftershock.claims.phenomena import PHENOMENA
 from aftershock.claims.proxies import PROXIES
 from aftershock.claims.spikes import SPIKES
@@ -23,17 +23,19 @@ def find_claim(claim_id: str) -> Claim:
     return by_id[claim_id.upper()]
 
 
-def choose_claims(ids: str | Sequence[str]) -> list[Claim]:
+def choose_claims(ids: str | Sequence[str], *, with_scores: bool = True) -> list[Claim]:
     """The claims to judge, each once: by id, or every one that has a study for `all`.
 
+    Without scores at hand, `all` leaves out those that are judged on them; by id they are chosen all the same.
     Raises ValueError for no id, an unknown one, or a claim that has no study yet.
     """
     names = [ids] if isinstance(ids, str) else list(ids)
     if not names:
         raise ValueError(f"name the claims to judge, such as P1, or {ALL}")
+    every = [claim for claim in CLAIMS if claim.trial and (with_scores or not isinstance(claim.trial, ScoreTrial))]
     chosen: dict[str, Claim] = {}
     for name in names:
-        found = [claim for claim in CLAIMS if claim.trial] if name == ALL else [find_claim(name)]
+        found = every if name == ALL else [find_claim(name)]
         for claim in found:
             if claim.trial is None:
                 ready = ", ".join(c.id for c in CLAIMS if c.trial)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from aftershock.forecast.scores import ScoreTable
 from aftershock.lab.sweep import SweepSpec
 
 Verdict = Literal["supported", "contradicted", "inconclusive"]
@@ -56,12 +57,27 @@ Criterion = Callable[[Sequence[RunResult]], Judgement]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What a study writes down before it trains the rest: `foretell` of the runs of `sweep`, a part of the study.
+
+    `foretell` is deterministic and gives what JSON can hold. See `claims.foretold` for how the order is kept.
+    """
+
+    sweep: SweepSpec
+    foretell: Callable[[Sequence[RunResult]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trial:
-    """How a claim is judged at tiny scale: the runs, the statistics read of each (shell patterns), the criterion."""
+    """How a claim is judged at tiny scale: the runs, the statistics read of each (shell patterns), the criterion.
+
+    With a `forecast`, what it foretells is on disk before any run that is not in its own sweep is trained.
+    """
 
     sweep: SweepSpec
     criterion: Criterion
     signals: tuple[str, ...] = ()
+    forecast: Forecast | None = None
 
 
 Line = Mapping[str, Any]
@@ -77,6 +93,14 @@ class LineTrial:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoreTrial:
+    """How a claim is judged on benchmark scores of published models: tables that the user has, by their file names."""
+
+    files: tuple[str, ...]
+    criterion: Callable[[ScoreTable], Judgement]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Claim:
     """A statement made in public. A criterion that changes raises `version`; all versions stay on record."""
 
@@ -85,7 +109,7 @@ class Claim:
     statement: str
     criterion: str
     version: int = 1
-    trial: Trial | LineTrial | None = None
+    trial: Trial | LineTrial | ScoreTrial | None = None
 
 
 class Record(NamedTuple):

@@ -12,16 +12,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from aftershock.claims.claim import Judgement, Line, Verdict
-from aftershock.claims.criteria import above_zero, at_least
-from aftershock.claims.grid import Interval, bootstrap
+from aftershock.claims.criteria import at_least
+from aftershock.claims.grid import bootstrap
 from aftershock.claims.incident import Incident, by_cause, read_incidents
-from aftershock.claims.shares import NOTHING, Share, as_numbers, as_tables, together
+from aftershock.claims.shares import NOTHING, Share, judged_by_class, least, mostly
 
 SAME_PLACE, LEVEL, LEAST = 0.7, "layer", 3
 """H3: of the spikes of a class, and how many there must be of one specimen."""
 SOMETHING_ELSE, KINDS = "something else", ("nothing", "something else", "much the same", "mixed", "not finite")
-MOST = 0.5
-"""H8: more than half of the spikes."""
 WHEN, NUMBERS = ("before", "peak"), ("entropy", "from_unigram", "from_bigram", "agreement")
 
 
@@ -48,13 +46,12 @@ def same_place_first(lines: Sequence[Line]) -> Judgement:
     shares = {cause: Share(sum(s.count for s in some), sum(s.total for s in some)) for cause, some in modal.items()}
     found = {cause: share.interval for cause, share in sorted(shares.items())}
     verdicts: dict[str, Verdict] = {cause: at_least(measured, SAME_PLACE) for cause, measured in found.items()}
-    least = min(found.values(), key=lambda measured: measured.value, default=NOTHING)
-    return Judgement(
-        verdict=together(verdicts),
-        effect=least.value,
-        interval=least.bounds,
+    return judged_by_class(
+        verdicts,
+        found,
+        worst=least(found),
         meaning="share of a class's spikes in which the same layer moved first, in the class where it is smallest",
-        detail={"layers": layers} | as_tables(found) | {"verdict by class": as_numbers(verdicts)},
+        tables={"layers": layers},
     )
 
 
@@ -107,9 +104,8 @@ def something_else_believed(lines: Sequence[Line]) -> Judgement:
     kinds = {cause: [kind for kind in some if kind in KINDS] for cause, some in kinds.items()}
     every = [kind for some in kinds.values() for kind in some]
     measured = Share(every.count(SOMETHING_ELSE), len(every)).interval
-    apart = Interval(measured.value - MOST, measured.low - MOST, measured.high - MOST)
     return Judgement(
-        verdict=above_zero(apart),
+        verdict=mostly(measured),
         effect=measured.value,
         interval=measured.bounds,
         meaning="share of language models' spikes at whose peak something else is believed, rather than nothing",

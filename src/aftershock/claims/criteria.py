@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -128,7 +128,7 @@ def arms_coincide(runs: Sequence[RunResult]) -> Judgement:
         sd_R = np.sqrt((on_RS.var(axis=1, ddof=1) + off_RS.var(axis=1, ddof=1)) / 2).clip(min=TINY_SD)
         for r in np.flatnonzero(grid.lrs < critical[size]):
             ratios_S[f"{size} lr {grid.lrs[r]:g}"] = (off_RS[r] - on_RS[r]) / sd_R[r]
-    measured = grid.interval(lambda draw_D: max(abs(float(x_S[draw_D].mean())) for x_S in ratios_S.values()))
+    measured = _largest_mean(grid, ratios_S)
     return Judgement(
         verdict=at_most(measured, NUM_SDS),
         effect=measured.value,
@@ -277,7 +277,7 @@ def length_and_batch_hardly_matter(runs: Sequence[RunResult]) -> Judgement:
                 other_S = grid.seed_sensitivity_S(size, arm)
                 sd = math.sqrt((usual_S.var(ddof=1) + other_S.var(ddof=1)) / 2)
                 ratios_S[f"{size} {arm}"] = (other_S - usual_S) / max(sd, TINY_SD)
-    measured = grid.interval(lambda draw_D: max(abs(float(x_S[draw_D].mean())) for x_S in ratios_S.values()))
+    measured = _largest_mean(grid, ratios_S)
     return Judgement(
         verdict=at_most(measured, NUM_SDS),
         effect=measured.value,
@@ -304,6 +304,11 @@ def per_head_is_as_good(runs: Sequence[RunResult]) -> Judgement:
         meaning="nats of LR sensitivity, per head minus over the whole width, mean over sizes",
         detail={"LR sensitivity": _sensitivities(grid)},
     )
+
+
+def _largest_mean(grid: Grid, values_S: Mapping[str, np.ndarray]) -> Interval:
+    """The mean over seeds that is largest in size of any case."""
+    return grid.interval(lambda draw_D: max(abs(float(x_S[draw_D].mean())) for x_S in values_S.values()))
 
 
 def _sensitivity_difference(grid: Grid, sizes: Sequence[str], arm: str, minus: str) -> Interval:

@@ -10,13 +10,13 @@ Legend: T tasks, D tasks of one draw. Must not import torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from aftershock.claims.claim import Judgement, Verdict
+from aftershock.claims.claim import Judgement, ScoreTrial, Verdict
 from aftershock.claims.criteria import at_least, at_most, below_zero
 from aftershock.claims.grid import Interval, bootstrap
 from aftershock.forecast.curves import fit_curve
@@ -26,9 +26,6 @@ from aftershock.forecast.mixture import NUM_CURVES, TaskPoints, fit_mixture
 from aftershock.forecast.scores import ScoreTable, TaskScores, join_tables, read_scores
 
 MODELS, CHECKPOINTS = "bigbench_scores.csv", "pythia_scores.csv"
-FILES: Mapping[str, tuple[str, ...]] = {"E1": (MODELS,), "E2": (MODELS,), "E3": (MODELS, CHECKPOINTS), "E4": (MODELS,)}
-"""The files that each claim is judged on."""
-
 CUTOFF = 8.4e22
 """FLOPs up to which models are fitted, those above are scored: the cut-off of Ruan et al. 2024 (arXiv 2405.10938)."""
 
@@ -61,14 +58,12 @@ class _Rise(NamedTuple):
     came: float
 
 
-def load_scores(folder: str | Path, claim_id: str) -> ScoreTable:
-    """The table that a claim is judged on, from a folder with `FILES`, in the columns of `read_scores`.
+def load_scores(folder: str | Path, files: Sequence[str]) -> ScoreTable:
+    """The tables of these files of a folder in one, in the columns of `read_scores`.
 
-    Raises ValueError for an unknown claim, and as `read_scores` does when a file is missing or damaged.
+    Raises ValueError as `read_scores` does when a file is missing or damaged.
     """
-    if claim_id not in FILES:
-        raise ValueError(f"no claim on benchmark scores is called {claim_id!r}; known: {', '.join(FILES)}")
-    return join_tables(*(read_scores(Path(folder) / name) for name in FILES[claim_id]))
+    return join_tables(*(read_scores(Path(folder) / name) for name in files))
 
 
 def judge_e1(table: ScoreTable) -> Judgement:
@@ -236,12 +231,13 @@ def judge_e4(table: ScoreTable) -> Judgement:
     )
 
 
-CRITERIA: Mapping[str, Callable[[ScoreTable], Judgement]] = {
-    "E1": judge_e1,
-    "E2": judge_e2,
-    "E3": judge_e3,
-    "E4": judge_e4,
+SCORE_TRIALS: Mapping[str, ScoreTrial] = {
+    "E1": ScoreTrial(files=(MODELS,), criterion=judge_e1),
+    "E2": ScoreTrial(files=(MODELS,), criterion=judge_e2),
+    "E3": ScoreTrial(files=(MODELS, CHECKPOINTS), criterion=judge_e3),
+    "E4": ScoreTrial(files=(MODELS,), criterion=judge_e4),
 }
+"""Claim id -> study: the files of a folder, and what is made of them."""
 
 
 # ------------------------------------------------------------------------------------------------------------- pieces

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import math
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from aftershock.claims import stress
-from aftershock.claims.claim import Judgement, RunResult, Trial
+from aftershock.claims.claim import Forecast, Judgement, RunResult, Trial
 from aftershock.claims.criteria import NO_QK, at_least, at_most
 from aftershock.claims.grid import Grid
 from aftershock.claims.growth import LOGIT
@@ -27,7 +26,7 @@ from aftershock.forecast.outlook import plain
 from aftershock.lab.presets import tiny_run
 from aftershock.lab.recipe import PAPER_LRS
 from aftershock.lab.sizes import parse_size
-from aftershock.lab.sweep import SweepSpec, expand, is_complete
+from aftershock.lab.sweep import SweepSpec
 
 SEEDS = (3, 4, 5)
 """Seeds of their own: seeds 0 to 2 of some of these runs were looked at while the criteria were written."""
@@ -37,7 +36,6 @@ EARLY = dataclasses.replace(TINY, measure_every=4)
 """2 % of 200 steps is step 4, so that step must be one of those measured."""
 FITTED, HELD_OUT = ("16x2", "32x2", "48x2"), ("96x2", "192x2")
 """The held-out sizes have 4 and 16 times the parameters of the largest fitted one."""
-COMMITTED = "forecast.json"
 
 MIN_AUC, MAX_STEPS = 0.95, 1.0
 """The published limits of P4 and P5."""
@@ -101,8 +99,8 @@ def failing_rate_is_foretold(runs: Sequence[RunResult]) -> Judgement:
     those of the ladder are not all equal in decades, and averaged over seeds with their sign. The interval redraws the
     held-out seeds; that of the forecast itself, for one new seed, is in the detail with the share of seeds whose
     bracket it meets, and the error of the simplest forecast, that the failing rate stays what it was at the largest
-    fitted size. Inconclusive where a forecast is refused. `commit_forecast` writes the forecast before a held-out size
-    is trained.
+    fitted size. Inconclusive where a forecast is refused. It is on disk before a held-out size is trained
+    (`claims.foretold`).
     """
     fitted = [run for run in runs if run.size in FITTED]
     forecasts = foretell(fitted)
@@ -165,34 +163,9 @@ def foretell(fitted: Sequence[RunResult]) -> dict[str, FailingRate]:
     return {size: forecast_failing(found, family, parse_size(size), ways=ways) for size in HELD_OUT}
 
 
-def commit_forecast(fitted: Sequence[RunResult], folder: Path, *, runs: Path) -> Path:
-    """Write the forecast of the held-out sizes to `folder/forecast.json`, once, before any of them is trained.
-
-    `runs` is the folder of P5's run folders. A forecast already there is left as it is. Raises ValueError where a
-    held-out run is done and no forecast was written: then it is too late to foretell.
-    """
-    path = folder / COMMITTED
-    if path.exists():
-        return path
-    done = [
-        p.ref
-        for p in expand(FORECAST_TRIALS["P5"].sweep)
-        if p.ref.size in HELD_OUT and is_complete(runs / p.ref.run_id)
-    ]
-    if done:
-        raise ValueError(
-            f"{len(done)} runs of {', '.join(HELD_OUT)} are done already (first: {done[0].run_id}) and {path} is not "
-            "there; a forecast must come first: start P5 in an empty folder"
-        )
-    forecasts = foretell(fitted)
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(plain(forecasts), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    return path
-
-
-def fitted_sweep() -> SweepSpec:
-    """The part of P5's study that is trained before the forecast."""
-    return dataclasses.replace(FORECAST_TRIALS["P5"].sweep, sizes=FITTED)
+def to_commit(fitted: Sequence[RunResult]) -> dict[str, Any]:
+    """`foretell` as JSON holds it: what lies on disk before a held-out size is trained."""
+    return plain(foretell(fitted))
 
 
 def observations_of(runs: Sequence[RunResult]) -> Observations:
@@ -287,6 +260,7 @@ FORECAST_TRIALS: dict[str, Trial] = {
         sweep=_early_sweep("P5", "A failing rate foretold", (*FITTED, *HELD_OUT)),
         criterion=failing_rate_is_foretold,
         signals=(LOGIT,),
+        forecast=Forecast(sweep=_early_sweep("P5", "What the forecast rests on", FITTED), foretell=to_commit),
     ),
     "P11": Trial(
         sweep=SweepSpec(

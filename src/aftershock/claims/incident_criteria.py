@@ -28,7 +28,7 @@ from aftershock.claims.claim import Judgement, Line, Verdict
 from aftershock.claims.criteria import above_zero, at_least
 from aftershock.claims.grid import Interval, bootstrap
 from aftershock.claims.incident import Answer, Incident, by_cause, read_incidents
-from aftershock.claims.shares import NOTHING, Share, as_numbers, as_tables, difference, together
+from aftershock.claims.shares import NOTHING, Share, as_tables, difference, judged_by_class, least, mostly
 
 CONTROL, SKIP = "control", "skip"
 SHAM_KINDS = ("skip", "ulp", "permute")
@@ -40,8 +40,6 @@ CORNERS: Mapping[str, str] = {
     "suspect batches, earlier state": "earlier",
     "other batches, earlier state": "earlier:replace",
 }
-MOST = 0.5
-"""S2: more than half of the spikes."""
 DECAYS: Mapping[float, str] = {0.0: "wd*0", 0.1: "wd*0.1", 0.25: "wd*0.25", 0.5: "wd*0.5", 1.0: CONTROL}
 SHRINKS, HIGHEST, ROUNDING = 0.1, 3.0, 1e-9
 """H1: by at least a tenth of the peak; what rises higher than three times the recorded peak counts as that."""
@@ -69,12 +67,12 @@ def shams_do_as_well(lines: Sequence[Line]) -> Judgement:
         close = all(abs(measured.value) <= JUST_AS_OFTEN for measured in both.values())
         verdicts[cause] = "contradicted" if apart else "supported" if close else "inconclusive"
     worst = max(found.values(), key=lambda measured: abs(measured.value), default=NOTHING)
-    return Judgement(
-        verdict=together(verdicts),
-        effect=worst.value,
-        interval=worst.bounds,
+    return judged_by_class(
+        verdicts,
+        found,
+        worst=worst,
         meaning="removal rate of skipping the suspects less that of a sham, in the class and sham that differ most",
-        detail=_rates(groups) | as_tables(found) | {"verdict by class": as_numbers(verdicts)},
+        tables=_rates(groups),
     )
 
 
@@ -89,13 +87,12 @@ def skipping_removes(lines: Sequence[Line]) -> Judgement:
     groups = _by_class(lines, _can_skip)
     found = {cause: _against_sham(members) for cause, members in groups.items()}
     verdicts: dict[str, Verdict] = {cause: above_zero(measured) for cause, measured in found.items()}
-    least = min(found.values(), key=lambda measured: measured.value, default=NOTHING)
-    return Judgement(
-        verdict=together(verdicts),
-        effect=least.value,
-        interval=least.bounds,
+    return judged_by_class(
+        verdicts,
+        found,
+        worst=least(found),
         meaning="removal rate of skipping the suspects less the shams', in the class where it is smallest",
-        detail=_rates(groups) | as_tables(found) | {"verdict by class": as_numbers(verdicts)},
+        tables=_rates(groups),
     )
 
 
@@ -110,9 +107,8 @@ def batches_and_state_together(lines: Sequence[Line]) -> Judgement:
     groups = _by_class(lines, lambda incident: all(name in incident.answers for name in CORNERS.values()))
     shares = {cause: Share(sum(map(_only_together, members)), len(members)) for cause, members in groups.items()}
     measured = Share(sum(s.count for s in shares.values()), sum(s.total for s in shares.values())).interval
-    apart = Interval(measured.value - MOST, measured.low - MOST, measured.high - MOST)
     return Judgement(
-        verdict=above_zero(apart),
+        verdict=mostly(measured),
         effect=measured.value,
         interval=measured.bounds,
         meaning="share of spikes that only the suspect batches on the suspect state have",
@@ -149,21 +145,18 @@ def less_decay_shrinks(lines: Sequence[Line]) -> Judgement:
         verdict = at_least(found[cause], SHRINKS)
         kept = verdict != "supported" or (monotone and found[cause].low > 0)
         verdicts[cause] = verdict if kept else "inconclusive"
-    least = min(found.values(), key=lambda measured: measured.value, default=NOTHING)
-    return Judgement(
-        verdict=together(verdicts),
-        effect=least.value,
-        interval=least.bounds,
+    return judged_by_class(
+        verdicts,
+        found,
+        worst=least(found),
         meaning="share of the peak excess that goes without weight decay, in the class where it is smallest",
-        detail={"spikes": {cause: float(len(members)) for cause, members in groups.items()}}
+        tables={"spikes": {cause: float(len(members)) for cause, members in groups.items()}}
         | {
             f"peak at {cause}, decay x": dict(
                 zip((f"{factor:g}" for factor in DECAYS), curve_ND.mean(axis=0).tolist(), strict=True)
             )
             for cause, curve_ND in curves_ND.items()
-        }
-        | as_tables(found)
-        | {"verdict by class": as_numbers(verdicts)},
+        },
     )
 
 
@@ -179,17 +172,16 @@ def momentum_and_dropout_matter(lines: Sequence[Line]) -> Judgement:
     names = sorted({name for one in incidents for name in one.answers if name.startswith(("beta", "dropout"))})
     having = {name: [one for one in incidents if name in one.answers] for name in names}
     found = {name: _against_sham(members, cell=name) for name, members in having.items()}
-    asked = [found.get(name, NOTHING) for name in (MOMENTUM, DROPOUT)]
-    if any(measured.high < 0 for measured in asked):
+    asked = {name: found.get(name, NOTHING) for name in (MOMENTUM, DROPOUT)}
+    if any(measured.high < 0 for measured in asked.values()):
         verdict: Verdict = "contradicted"
     else:
-        verdict = "supported" if all(measured.low > 0 for measured in asked) else "inconclusive"
-    known = [measured for measured in asked if not math.isnan(measured.value)]
-    least = min(known, key=lambda measured: measured.value, default=NOTHING)
+        verdict = "supported" if all(measured.low > 0 for measured in asked.values()) else "inconclusive"
+    smaller = least({name: measured for name, measured in asked.items() if not math.isnan(measured.value)})
     return Judgement(
         verdict=verdict,
-        effect=least.value,
-        interval=least.bounds,
+        effect=smaller.value,
+        interval=smaller.bounds,
         meaning="removal rate less the shams', of lower momentum or of dropout, whichever is smaller",
         detail=as_tables(found)
         | {

@@ -1,8 +1,9 @@
-"""Grokking, learning Life, double descent, emergence, regularisation and the rest. No studies yet."""
+"""Grokking, learning Life, double descent, emergence, regularisation and the rest. Emergence alone has studies yet."""
 
 from __future__ import annotations
 
 from aftershock.claims.claim import Claim
+from aftershock.claims.emergence_criteria import SCORE_TRIALS
 
 PHENOMENA: tuple[Claim, ...] = (
     Claim(
@@ -79,24 +80,28 @@ PHENOMENA: tuple[Claim, ...] = (
         statement="A logit fit over the range [0.9 min, 1 - 0.9 (1 - max)] predicts better than a straight "
         "line, yet little",
         criterion="held-out error of both, R2 with interval",
+        trial=SCORE_TRIALS["E1"],
     ),
     Claim(
         id="E2",
         source="Vance 2022",
         statement="The last improvement says almost nothing about the next",
         criterion="R2 below 0.1",
+        trial=SCORE_TRIALS["E2"],
     ),
     Claim(
         id="E3",
         source="Schaeffer et al. 2023",
         statement="A jump may be in the metric only: accuracy of an L-part answer is about p^L",
         criterion="smooth companion monotone while the sharp metric jumps",
+        trial=SCORE_TRIALS["E3"],
     ),
     Claim(
         id="E4",
         source="a reader of Vance 2022",
         statement="A task is a mixture of a few shared logit curves",
         criterion="held-out error of the mixture against one logit, per task",
+        trial=SCORE_TRIALS["E4"],
     ),
     Claim(
         id="R1",

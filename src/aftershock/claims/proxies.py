@@ -1,7 +1,7 @@
-"""The claims of `Small-scale proxies for large-scale Transformer training instabilities`, and the studies of thirteen.
+"""The claims of `Small-scale proxies for large-scale Transformer training instabilities`, and their studies.
 
 Wortsman et al. 2023, arXiv 2309.14322. All studies draw on one pool of runs, so an arm that several need trains once.
-Tiny scale: 200 steps of 8 x 64 bytes, the paper's warm-up of 5 %, widths 16 to 96, heads of 16, three seeds.
+Tiny scale: 200 steps of 8 x 64 bytes, the paper's warm-up of 5 %, widths 16 to 96 (P5: 192), heads of 16, three seeds.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 
 from aftershock.claims import criteria, growth
 from aftershock.claims.claim import Claim, Trial
+from aftershock.claims.forecast_criteria import FORECAST_TRIALS
 from aftershock.lab.presets import tiny_run
 from aftershock.lab.recipe import PAPER_LRS, RunConfig
 from aftershock.lab.sweep import SweepSpec
@@ -84,12 +85,14 @@ PROXIES: tuple[Claim, ...] = (
         source=PAPER,
         statement="Block-0 max attention logit at 2 % of the run separates runs that later fail",
         criterion="AUC on held-out seeds at least 0.95, threshold reported",
+        trial=FORECAST_TRIALS["P4"],
     ),
     Claim(
         id="P5",
         source=PAPER,
         statement="Fitting that logit against size predicts the failing LR of a size never trained",
         criterion="predicted failing LR within one ladder step, interval given, at least two held-out sizes",
+        trial=FORECAST_TRIALS["P5"],
     ),
     Claim(
         id="P6",
@@ -161,6 +164,7 @@ PROXIES: tuple[Claim, ...] = (
         statement="Gradient RMS falls with N and LR; when it nears AdamW eps the update shrinks; lower eps cures, "
         "higher eps harms",
         criterion="signs of three slopes; update RMS at eps = measured grad RMS at least 30 % lower",
+        trial=FORECAST_TRIALS["P11"],
     ),
     Claim(
         id="P12",
@@ -168,6 +172,7 @@ PROXIES: tuple[Claim, ...] = (
         statement="Forcing attention logits to scale kappa harms from about 1e3 and at 1e4 is worse than no attention "
         "and MLP at all",
         criterion="loss at each kappa against the bigram network",
+        trial=FORECAST_TRIALS["P12"],
     ),
     Claim(
         id="P13",

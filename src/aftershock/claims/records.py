@@ -1,5 +1,6 @@
 """Verdicts on disk: one JSON file for each claim and version, in the package (`claims/records`) or in any folder.
 
+What a study wrote down besides lies in a folder of the record's name beside it: `P5.json`, `P5/forecast.json`.
 The package's own are read through importlib.resources, so an installed package has them too.
 """
 
@@ -14,6 +15,7 @@ from typing import Any
 
 from aftershock.claims.claim import Record
 from aftershock.store.environment import in_checkout
+from aftershock.store.folder import atomic_write
 
 SUFFIX = ".json"
 
@@ -45,6 +47,14 @@ def write_record(folder: Path, record: Record) -> Path:
     scratch = path.with_name(path.name + ".tmp")
     scratch.write_text(json.dumps(record._asdict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     scratch.replace(path)
+    return path
+
+
+def keep_beside(record: Path, file: Path) -> Path:
+    """Copy a file of a study into the folder beside the record, in place of an older one."""
+    path = record.with_suffix("") / file.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(path, file.read_bytes())
     return path
 
 

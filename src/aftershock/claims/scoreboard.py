@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 NOT_RUN, NO_STUDY = "not run", "no study yet"
 COLOURS = {"supported": "green", "contradicted": "red", "inconclusive": "yellow", NOT_RUN: "dim", NO_STUDY: "dim"}
 GAP = 2
-WIDE = 120
-"""Columns of a terminal from which on date and command are shown."""
+READABLE, SHORTEST = 20, 12
+"""Characters of a statement that are shown: at least, or date and command are left out; and then at least."""
 
 
 def scoreboard(*records: Path) -> list[dict[str, Any]]:
@@ -52,14 +52,15 @@ def print_scoreboard(*records: Path, console: Console | None = None) -> None:
     out = Console() if console is None else console
     rows = scoreboard(*records)
     titles = ["claim", "scale", "verdict", "effect [95 %]", "seeds", "date", "command"]
-    shown = titles if out.width >= WIDE else titles[:-2]
-    cells = [_cells(row)[: len(shown)] for row in rows]
-    widths = [max(map(len, column)) for column in zip(shown, *cells, strict=True)]
-    room = max(20, out.width - sum(widths) - GAP * len(widths))
+    cells = [_cells(row) for row in rows]
+    widths = [max(map(len, column)) + GAP for column in zip(titles, *cells, strict=True)]
+    num_shown = len(titles) if out.width - sum(widths) >= READABLE else len(titles) - 2
+    room = max(SHORTEST, out.width - sum(widths[:num_shown]))
+    shown = titles[:num_shown]
     table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="dim")
     for title in (shown[0], "statement", *shown[1:]):
         table.add_column(title, no_wrap=True, justify="right" if title in ("effect [95 %]", "seeds") else "left")
-    for row, (name, scale, verdict, *rest) in zip(rows, cells, strict=True):
+    for row, (name, scale, verdict, *rest) in zip(rows, [line[:num_shown] for line in cells], strict=True):
         coloured = Text(verdict, style=COLOURS[verdict])
         table.add_row(name, Text(_shortened(row["statement"], room)), scale, coloured, *map(Text, rest))
     out.print(table)

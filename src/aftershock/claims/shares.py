@@ -1,4 +1,4 @@
-"""Shares of incidents with intervals, and one verdict out of those of several classes of causes.
+"""Shares of incidents with intervals, and one judgement out of those of several classes of causes.
 
 Must not import torch.
 """
@@ -9,13 +9,15 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from aftershock.claims.claim import Verdict
+from aftershock.claims.claim import Judgement, Verdict
+from aftershock.claims.criteria import above_zero
 from aftershock.claims.grid import Interval
 from aftershock.replay.response import wilson
 
 SIGNS: Mapping[Verdict, float] = {"supported": 1.0, "inconclusive": 0.0, "contradicted": -1.0}
 """A verdict as a number, for a record's tables."""
 
+HALF = 0.5
 
 NOTHING = Interval(math.nan, math.nan, math.nan)
 """What could not be measured."""
@@ -45,6 +47,34 @@ def difference(ours: Share, theirs: Share) -> Interval:
     d = a.value - b.value
     return Interval(
         d, d - math.hypot(a.value - a.low, b.high - b.value), d + math.hypot(a.high - a.value, b.value - b.low)
+    )
+
+
+def mostly(measured: Interval) -> Verdict:
+    """Of a share that is to be above a half: supported where the whole interval is, contradicted where it is below."""
+    return above_zero(Interval(*(end - HALF for end in measured)))
+
+
+def least(found: Mapping[str, Interval]) -> Interval:
+    """The one of the smallest value, `NOTHING` of none."""
+    return min(found.values(), key=lambda measured: measured.value, default=NOTHING)
+
+
+def judged_by_class(
+    verdicts: Mapping[str, Verdict],
+    found: Mapping[str, Interval],
+    *,
+    worst: Interval,
+    meaning: str,
+    tables: Mapping[str, Mapping[str, float]],
+) -> Judgement:
+    """Of a claim judged per cause class: its `together`, the effect of the `worst` class, and the tables of all."""
+    return Judgement(
+        verdict=together(verdicts),
+        effect=worst.value,
+        interval=worst.bounds,
+        meaning=meaning,
+        detail={**tables, **as_tables(found), "verdict by class": as_numbers(verdicts)},
     )
 
 

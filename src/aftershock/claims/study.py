@@ -1,6 +1,7 @@
 """From a claim to its record: do what is missing of its study, read what it found, apply the criterion, write it down.
 
-A study is a sweep, whose runs a criterion reads, or makes JSON lines. Must not import torch: jobs do.
+A study is a sweep, whose runs a criterion reads, or makes JSON lines; tables of scores are the user's, and need none.
+Must not import torch: jobs do.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import fnmatch
+import hashlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,19 +20,23 @@ from typing import NamedTuple, Protocol
 from aftershock._version import __version__
 from aftershock.claims.arms_study import run_arms_study
 from aftershock.claims.catalog import choose_claims
-from aftershock.claims.claim import Claim, Judgement, Line, LineTrial, Record, RunResult, Signal, Trial
+from aftershock.claims.claim import Claim, Judgement, Line, LineTrial, Record, RunResult, ScoreTrial, Signal, Trial
 from aftershock.claims.counted import run_counted
+from aftershock.claims.emergence_criteria import load_scores
+from aftershock.claims.foretold import COMMITTED, commit_forecast, refuse_late_forecast
 from aftershock.claims.incidents import run_incidents
 from aftershock.claims.lines import OnLine
-from aftershock.claims.records import checkout_folder, write_record
+from aftershock.claims.records import checkout_folder, keep_beside, write_record
 from aftershock.config import run_id
 from aftershock.lab.launch import LocalLauncher
-from aftershock.lab.sweep import OnProgress, SweepProgress, run_sweep
+from aftershock.lab.sweep import OnProgress, SweepProgress, SweepSpec, run_sweep
 from aftershock.store.environment import describe_environment
 from aftershock.store.study import Study
 
-POOL = "../runs"
+RUNS = "runs"
 """Every study's runs lie in one folder beside the studies, so that claims share them."""
+TINY, PUBLIC = "tiny", "public"
+"""Scales: runs of our own, and models that others published."""
 
 Progress = Callable[[str], AbstractContextManager[OnProgress]]
 """Called with a title; gives what `run_sweep` reports to. `report.progress.progress_bar` is one."""
@@ -53,6 +59,7 @@ class Evidence(NamedTuple):
     num_seeds: int
     config_digest: str
     core_s: float
+    scale: str = TINY
 
 
 def judge_all(
@@ -62,26 +69,38 @@ def judge_all(
     processes: int = 0,
     on_progress: Progress | None = None,
     records: str | Path | None = None,
+    scores: str | Path | None = None,
 ) -> list[Record]:
     """Judge these claims (`all`: every one that has a study) and write their records; returns them in that order.
 
+    `scores` is the folder of the tables that some claims are judged on (`ScoreTrial`); without it, `all` leaves these
+    claims out.
+
     Study `P1` lies in `out/P1`, and the runs of all sweeps in `out/runs`; studies of lines in `out/incidents` and the
     like. What is there is not done again. A record goes to the folder `records`: by default the package's own in a
-    source checkout, else `out/records`.
+    source checkout, else `out/records`; a forecast that a study committed is copied to a folder beside its record.
     `processes` as in `LocalLauncher`, 0 takes one a core.
 
-    Raises ValueError for an unknown id or a claim without a study, before anything is trained. A claim that cannot be
-    judged does not stop the others: its ValueError comes at the end, with all reasons in one sentence.
+    Raises ValueError for an unknown id, a claim without a study, missing tables or a folder of tables that no claim
+    asks for, before anything is trained. A claim that cannot be judged does not stop the others: its ValueError comes
+    at the end, with all reasons in one sentence.
     """
-    chosen = choose_claims(ids)
+    scores = None if scores is None else Path(scores)
+    chosen = choose_claims(ids, with_scores=scores is not None)
+    _check_scores(chosen, scores)
+    if scores is not None and not any(isinstance(claim.trial, ScoreTrial) for claim in chosen):
+        names = ", ".join(claim.id for claim in chosen)
+        raise ValueError(f"--scores {scores} has no use here: of {names} none is judged on benchmark scores")
     out = Path(out)
     folder = Path(records) if records is not None else checkout_folder() or out / "records"
     done: list[Record] = []
     problems: list[str] = []
     for claim in chosen:
         try:
-            record = judge(claim, out, processes=processes, on_progress=on_progress)
-            write_record(folder, record)
+            record = judge(claim, out, processes=processes, on_progress=on_progress, scores=scores)
+            path = write_record(folder, record)
+            if isinstance(claim.trial, Trial) and claim.trial.forecast is not None:
+                keep_beside(path, out / claim.id / COMMITTED)
             done.append(record)
         except ValueError as error:
             problems.append(f"{claim.id} could not be judged: {error}")
@@ -90,17 +109,29 @@ def judge_all(
     return done
 
 
-def judge(claim: Claim, out: Path, *, processes: int = 0, on_progress: Progress | None = None) -> Record:
+def judge(
+    claim: Claim,
+    out: Path,
+    *,
+    processes: int = 0,
+    on_progress: Progress | None = None,
+    scores: Path | None = None,
+) -> Record:
     """Do what is missing of one claim's study in `out`, and judge it. Writes no record.
 
-    Raises ValueError when the claim has no study, a run failed to train, or the criterion has nothing to compare.
+    Raises ValueError when the claim has no study, a run failed to train, a forecast comes too late, a table of
+    `scores` is missing or damaged, or the criterion has nothing to compare.
     """
     if claim.trial is None:
         raise ValueError(f"claim {claim.id} has no study yet")
+    _check_scores([claim], scores)
     launcher = LocalLauncher(num_processes=processes)
     with _reporting(claim, on_progress) as report:
         if isinstance(claim.trial, LineTrial):
             found = _judge_lines(claim.trial, out, launcher.max_parallel, report)
+        elif isinstance(claim.trial, ScoreTrial):
+            assert scores is not None  # checked above
+            found = _judge_scores(claim.trial, scores)
         else:
             found = _judge_sweep(claim, claim.trial, out, launcher, report)
     return _record(claim, *found)
@@ -110,9 +141,11 @@ def _judge_sweep(
     claim: Claim, trial: Trial, out: Path, launcher: LocalLauncher, report: OnProgress | None
 ) -> tuple[Judgement, Evidence]:
     folder = out / claim.id
-    swept = run_sweep(trial.sweep, folder, launcher=launcher, on_progress=report, runs_dir=POOL)
-    if swept.failures:
-        raise ValueError(f"{len(swept.failures)} jobs failed, first: {swept.failures[0]}")
+    if trial.forecast is not None:
+        refuse_late_forecast(trial, folder, runs=out / RUNS)
+        _train(trial.forecast.sweep, folder, launcher, report)
+        commit_forecast(trial.forecast, read_results(Study(folder), trial), folder)
+    _train(trial.sweep, folder, launcher, report)
     study = Study(folder)
     judgement = trial.criterion(read_results(study, trial))
     rows = study.rows()
@@ -121,6 +154,35 @@ def _judge_sweep(
         num_seeds=len(trial.sweep.seeds),
         config_digest=run_id(trial.sweep),
         core_s=sum(row.summary["seconds"] for row in rows),
+    )
+
+
+def _train(sweep: SweepSpec, folder: Path, launcher: LocalLauncher, report: OnProgress | None) -> None:
+    swept = run_sweep(sweep, folder, launcher=launcher, on_progress=report, runs_dir=f"../{RUNS}")
+    if swept.failures:
+        raise ValueError(f"{len(swept.failures)} jobs failed, first: {swept.failures[0]}")
+
+
+def _check_scores(claims: Sequence[Claim], scores: Path | None) -> None:
+    """Raises ValueError where a table that one of these claims is judged on is not there."""
+    asking = {claim.id: claim.trial.files for claim in claims if isinstance(claim.trial, ScoreTrial)}
+    wanted = list(dict.fromkeys(name for files in asking.values() for name in files))
+    missing = [name for name in wanted if scores is None or not (scores / name).is_file()]
+    if missing:
+        given = "" if scores is None else f"; {scores} has no {' and no '.join(missing)}"
+        raise ValueError(
+            f"{', '.join(asking)} {'is' if len(asking) == 1 else 'are'} judged on benchmark scores, which do not come "
+            f"with the package: give the folder that holds {' and '.join(wanted)} as --scores FOLDER{given}"
+        )
+
+
+def _judge_scores(trial: ScoreTrial, scores: Path) -> tuple[Judgement, Evidence]:
+    """The digest is sha256 of the files one after another: `cat FILE ... | sha256sum`. Nothing was trained."""
+    began = time.process_time()
+    judgement = trial.criterion(load_scores(scores, trial.files))
+    digest = hashlib.sha256(b"".join((scores / name).read_bytes() for name in trial.files)).hexdigest()
+    return judgement, Evidence(
+        run_ids=[], num_seeds=0, config_digest=digest, core_s=time.process_time() - began, scale=PUBLIC
     )
 
 
@@ -186,7 +248,7 @@ def _record(claim: Claim, judgement: Judgement, evidence: Evidence) -> Record:
     return Record(
         id=claim.id,
         version=claim.version,
-        scale="tiny",
+        scale=evidence.scale,
         verdict=judgement.verdict,
         effect=_number(judgement.effect),
         interval=(_round(low), _round(high)) if known else None,
@@ -207,8 +269,8 @@ def _record(claim: Claim, judgement: Judgement, evidence: Evidence) -> Record:
 
 
 def rerun_command(claim: Claim) -> str:
-    """The command that judges the claim again."""
-    return f"aftershock claims --run {claim.id}"
+    """The command that judges the claim again; FOLDER is where the user's tables of scores lie."""
+    return f"aftershock claims --run {claim.id}" + (" --scores FOLDER" if isinstance(claim.trial, ScoreTrial) else "")
 
 
 def _reporting(claim: Claim, on_progress: Progress | None) -> AbstractContextManager[OnProgress | None]:
