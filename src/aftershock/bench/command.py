@@ -1,5 +1,4 @@
-"""`aftershock bench`: the benchmarks of detectors and of verdicts and the fault injection study, from the record or
-anew.
+"""`aftershock bench`: detectors, precursors, verdicts and the fault injection study, from the record or anew.
 
 The pages are the report's, which this room may not import: whoever runs the command hands their writers in.
 """
@@ -16,6 +15,7 @@ from tyro.conf import Positional, arg
 
 if TYPE_CHECKING:
     from aftershock.bench.diagnosis_record import Diagnoses
+    from aftershock.bench.precursors_record import Precursors
     from aftershock.bench.records import Record
     from aftershock.bench.survival_record import Study
 
@@ -29,8 +29,9 @@ WriteStudyPage = Callable[["Study", Path], Path]
 class Bench:
     """What detectors or policies are worth on runs whose trouble is known: the record, or all of it again."""
 
-    what: Positional[Literal["detectors", "guard", "replay"]]
-    """The benchmark of detectors, the fault injection study of the guard's policies, or the benchmark of verdicts."""
+    what: Positional[Literal["detectors", "guard", "replay", "precursors"]]
+    """The benchmark of detectors, the fault injection study of the guard's policies, the benchmark of verdicts, or that
+    of leading indicators and the live forecast."""
     out: Path = Path("out/bench")
     """Folder for the page, and with --rerun for runs and record; an interrupted run goes on from there."""
     rerun: bool = False
@@ -40,7 +41,8 @@ class Bench:
     policies: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
     """Guard only: these policies, or all, on every specimen; such a record stays in --out."""
     seeds: int | None = None
-    """So many seeds of each specimen: 10 for detectors, half of them for tuning; 5 for the guard; 3 for replays."""
+    """So many seeds of each specimen: 10 for detectors and precursors, half of them for tuning; 5 for the guard; 3 for
+    replays."""
     processes: int = 2
     """Worker processes of one thread each."""
     json: bool = False
@@ -54,6 +56,8 @@ class Bench:
             raise ValueError("--policies is for the guard: aftershock bench guard")
         if self.what == "replay":
             return self._replay()
+        if self.what == "precursors":
+            return self._precursors()
         from aftershock.bench.records import read_record
         from aftershock.bench.table import print_record, record_json
 
@@ -117,6 +121,44 @@ class Bench:
         if own is not None and not self.specimens:
             write_diagnoses(own, record)
         return record
+
+    def _precursors(self) -> int:
+        from aftershock.bench.precursors_record import read_precursors
+        from aftershock.bench.precursors_table import precursors_json, print_precursors
+
+        record = self._precursors_again() if self.rerun else read_precursors(self.out)
+        if self.json:
+            sys.stdout.write(precursors_json(record) + "\n")
+        else:
+            print_precursors(record)
+        return 0
+
+    def _precursors_again(self) -> Precursors:
+        """Record and models of the live forecast; those of the whole zoo become the package's own in a checkout."""
+        from aftershock.bench.detectors import halves
+        from aftershock.bench.precursors_record import write_precursors
+        from aftershock.bench.precursors_run import Phases, run_precursors
+        from aftershock.bench.records import checkout_folder
+        from aftershock.forecast import hazard
+
+        tuning, scoring = halves(self.seeds)
+        found = run_precursors(
+            self.out,
+            specimens=self.specimens,
+            tuning_seeds=tuning,
+            scoring_seeds=scoring,
+            processes=self.processes,
+            on_progress=Phases(*map(_Lines, ("runs trained", "runs read", "forecasts fitted", "indicators judged"))),
+        )
+        made = {name: getattr(found.record, name) for name in ("command", "date", "tuning_seeds")}
+        places = [(self.out, self.out)]
+        own, models = checkout_folder(), hazard.checkout_folder()
+        if own is not None and models is not None and not self.specimens:
+            places.append((own, models))
+        for folder, beside in places:
+            write_precursors(folder, found.record)
+            hazard.write_hazards(beside, found.hazards, made=made)
+        return found.record
 
     def _study_again(self) -> Study:
         from aftershock.bench.records import checkout_folder

@@ -22,9 +22,26 @@ from aftershock.workload import Workload
 
 CURVE = nets.two_sines(20)
 
-ALWAYS = {"loss/train/mean", "optim/all/lr", "grad/all/norm", "update/all/norm", "curvature/all/directional"}
-ADAM = {"optim/max/rms_t", "optim/max/rms_t_share"}
-LANGUAGE = {"grad/embed/over_median", "output/log_z", "attention/max/logit"}
+ALWAYS = {
+    *("loss/train/mean", "optim/all/lr", "grad/all/norm", "update/all/norm", "param/all/norm"),
+    *("curvature/all/directional", "grad/all/cosine_previous", "update/all/cosine_descent"),
+    *("update/max/ratio", "param/min/of_first", "output/rms", "output/abs_max"),
+    *("activation/max/abs_max", "activation/max/kurtosis", "activation/last/rms"),
+}
+"""Of every run; `grad/max/over_usual` comes with the ninth step, `curvature/all/sharpest` with the 21st."""
+ADAM = {
+    *("optim/max/rms_t", "optim/max/rms_t_share", "optim/max/saturated_frac", "optim/all/saturated_frac"),
+    *("optim/max/eps_floor_frac", "optim/all/eps_floor_frac"),
+    *("optim/all/first_norm", "optim/all/second_root_sum", "optim/all/first_over_root"),
+}
+LANGUAGE = {
+    *("grad/embed/over_median", "output/log_z", "output/log_z_max", "attention/max/logit", "attention/min/entropy"),
+    *("param/qk/spectral_norm", "param/head/mean_norm", "batch/max/loss", "batch/max/loss_over_mean"),
+    *("batch/tokens/repeat_count", "batch/tokens/repeat_frac"),
+    *("batch/tokens/compression_ratio", "batch/tokens/unique_frac"),
+}
+"""The change of the query-key products comes with the eleventh step."""
+LATER = {"grad/max/over_usual"}
 
 
 class _Scaled(Disturbance):
@@ -105,12 +122,13 @@ def test_measuring_changes_nothing(tmp_path: Path) -> None:
 def test_a_row_has_the_signals_of_its_workload(tmp_path: Path) -> None:
     """contract: a language model has all, regression by gradient descent neither Adam's nor the classifier's."""
     columns = _columns(record(LM, seed=0, folder=tmp_path / "lm"))
-    assert columns.keys() == ALWAYS | ADAM | LANGUAGE
-    assert {len(column) for name, column in columns.items() if name != "curvature/all/directional"} == {10}
+    assert columns.keys() == ALWAYS | ADAM | LANGUAGE | LATER
+    short = {"curvature/all/directional": 6, "grad/max/over_usual": 2, "grad/all/cosine_previous": 9}
+    assert {name: len(column) for name, column in columns.items() if len(column) != 10} == short
     assert np.isfinite(columns["optim/max/rms_t_share"]).all()
     # a fresh model's logits are near 0, so log Z is near log 256
     assert columns["output/log_z"][0] == pytest.approx(math.log(256), abs=0.3)
-    assert _columns(record(DESCENT, seed=0, folder=tmp_path / "sgd", faulty=False, steps=9)).keys() == ALWAYS
+    assert _columns(record(DESCENT, seed=0, folder=tmp_path / "sgd", faulty=False, steps=8)).keys() == ALWAYS
 
 
 def test_curvature_is_of_every_fourth_step(tmp_path: Path) -> None:

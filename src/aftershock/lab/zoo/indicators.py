@@ -197,7 +197,7 @@ class Outputs:
         return row
 
 
-def _places(model: nn.Module) -> list[nn.Module]:
+def _places(model: nn.Module) -> Sequence[nn.Module]:
     """The blocks of a language model; of other nets the linear layers but the last, whose output is the model's."""
     if isinstance(model, ByteLM):
         return list(model.blocks)

@@ -49,9 +49,9 @@ def record(specimen: Specimen, *, seed: int, folder: str | Path, faulty: bool = 
     - `optim/max|all/saturated_frac`, `eps_floor_frac`: share of |m / sqrt v| > 0.9 and of v at the floor that eps sets,
       largest over tensors and of all elements; `optim/all/first_norm` |m|, `second_root_sum` = sum sqrt v, and
       `first_over_root` = rms m / mean sqrt v; Adam only
-    - `output/rms`, `output/abs_max` of the model's output, `output/log_z_max` its largest log Z; `activation/max/abs_max`
-      and `kurtosis`, the largest over the blocks of a `ByteLM`, else over the linear layers but the last;
-      `activation/last/rms` of the last of these
+    - `output/rms`, `output/abs_max` of the model's output, `output/log_z_max` its largest log Z;
+      `activation/max/abs_max` and `kurtosis`, the largest over the blocks of a `ByteLM`, else over the linear layers
+      but the last; `activation/last/rms` of the last of these
     - `attention/min/entropy`: of a `ByteLM`, the smallest over heads of the mean over queries, 4 sequences of the batch
     - `param/qk/spectral_norm`: the largest of W_q and W_k; `update/qk/stable_rank`, `spectral_entropy`: the smallest
       over heads, of the first-order change of W_q' W_k in 10 steps; `param/head/mean_norm`: length of the mean output
@@ -98,8 +98,7 @@ def _rows(trial: Trial, length: int) -> Iterator[tuple[int, dict[str, float]]]:
     disturbance, model, optimizer = trial.disturbance, workload.model, workload.optimizer
     curvatures, weights, tensors, left = Curvatures(workload), Weights(model), Tensors(model), AFTER_NONFINITE
     stats: list[Stat] = ["param", "grad", "update", "cosines"]
-    if is_adam(optimizer):
-        stats += ["rms_t", "moments"]
+    stats += ("rms_t", "moments") if is_adam(optimizer) else ()
     with TensorTap(model, optimizer, stats=stats, gradients="call") as tap, Outputs(model) as outputs:
         for index in range(length):
             if disturbance is not None:
