@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from aftershock.config import from_dict, nearest
+from aftershock.config import from_dict
 from aftershock.forecast.observations import (
     LATEST_FRAC,
     LOG_Z,
@@ -23,6 +23,7 @@ from aftershock.forecast.observations import (
     check_settings,
     early_step,
     judged,
+    runs_of_arm,
 )
 from aftershock.lab.recipe import DecoderConfig, RunConfig
 from aftershock.lab.sizes import Size
@@ -99,16 +100,7 @@ def read_early(folders: Sequence[str | Path], *, arm: str = "", at: int | None =
     that differ in more than size, rate and seed, no finished run, fewer than three rates in a curve, no measurement
     between 2 % and 5 % without `at`, and an `at` outside of the run; each says what to do.
     """
-    studies = [Study(folder) for folder in folders]
-    where = ", ".join(study.place.text for study in studies)
-    rows = [(study, row) for study in studies for row in study.rows()]
-    arms = list(dict.fromkeys(row.ref.arm for _, row in rows))
-    if not arm and len(arms) > 1:
-        raise ValueError(f"{where} has {len(arms)} arms; choose one with --arm: {', '.join(arms)}")
-    arm = arm or (arms[0] if arms else "")
-    if arm not in arms:
-        raise ValueError(f"{where} has no arm {arm!r}{nearest(arm, arms)}")
-    mine = {row.ref.run_id: (study, row) for study, row in rows if row.ref.arm == arm}
+    where, studies, arm, mine = runs_of_arm(folders, arm)
     finished = [run for run, (_, row) in mine.items() if row.status == "finished"]
     if not finished:
         raise ValueError(f"{where}: no run of arm {arm!r} has finished; train them, or add lower rates if all diverge")

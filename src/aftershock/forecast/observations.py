@@ -134,16 +134,7 @@ def read_observations(folders: Sequence[str | Path], *, arm: str = "") -> Observ
     fields; and where nothing can be fitted: no run done, one size, too few rates or curves, every run diverged, or a
     signal that no run recorded. Each says what to add.
     """
-    studies = [Study(folder) for folder in folders]
-    where = ", ".join(study.place.text for study in studies)
-    rows = [(study, row) for study in studies for row in study.rows()]
-    arms = list(dict.fromkeys(row.ref.arm for _, row in rows))
-    if not arm and len(arms) > 1:
-        raise ValueError(f"{where} has {len(arms)} arms; choose one with --arm: {', '.join(arms)}")
-    arm = arm or (arms[0] if arms else "")
-    if arm not in arms:
-        raise ValueError(f"{where} has no arm {arm!r}{nearest(arm, arms)}")
-    mine = {row.ref.run_id: (study, row) for study, row in rows if row.ref.arm == arm}
+    where, studies, arm, mine = runs_of_arm(folders, arm)
     done = {run: pair for run, pair in mine.items() if pair[1].status in ("finished", "diverged")}
     if not done:
         raise ValueError(f"{where}: no run of arm {arm!r} is done; run the same sweep again to train them")
@@ -163,6 +154,29 @@ def read_observations(folders: Sequence[str | Path], *, arm: str = "") -> Observ
     found = Observations(where, arm, config, judged(runs), tuple(notes))
     check_enough(found)
     return found
+
+
+class ArmRuns(NamedTuple):
+    """The runs of one arm of some studies, done or not; `where`: the studies in words."""
+
+    where: str
+    studies: list[Study]
+    arm: str
+    runs: dict[str, tuple[Study, StudyRow]]
+
+
+def runs_of_arm(folders: Sequence[str | Path], arm: str) -> ArmRuns:
+    """Those of `arm`, which may be empty where there is one only. Raises ValueError for an arm that no study has."""
+    studies = [Study(folder) for folder in folders]
+    where = ", ".join(study.place.text for study in studies)
+    rows = [(study, row) for study in studies for row in study.rows()]
+    arms = list(dict.fromkeys(row.ref.arm for _, row in rows))
+    if not arm and len(arms) > 1:
+        raise ValueError(f"{where} has {len(arms)} arms; choose one with --arm: {', '.join(arms)}")
+    arm = arm or (arms[0] if arms else "")
+    if arm not in arms:
+        raise ValueError(f"{where} has no arm {arm!r}{nearest(arm, arms)}")
+    return ArmRuns(where, studies, arm, {row.ref.run_id: (study, row) for study, row in rows if row.ref.arm == arm})
 
 
 def check_settings(configs: Mapping[str, RunConfig]) -> RunConfig:
