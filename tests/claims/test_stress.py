@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
-from aftershock.claims.claim import RunResult, Signal
+from aftershock.claims.claim import RunResult
 from aftershock.claims.criteria import BASELINE, NO_QK
 from aftershock.claims.forecast_criteria import FORECAST_TRIALS
 from aftershock.claims.stress import (
@@ -25,32 +25,23 @@ from aftershock.claims.stress import (
 from aftershock.lab.sizes import parse_size
 from aftershock.lab.sweep import expand
 
-L0 = 6.4
-
 Value = Callable[[str, str, float, int], float]
+Plant = Callable[..., list[RunResult]]
+Study = Callable[[str, Value, Value, Value], list[RunResult]]
 
 
-def study(claim_id: str, loss: Value, gradient: Value, update: Value) -> list[RunResult]:
-    """All runs of a claim's study; loss and the end values of both signals by size, arm, rate and seed."""
-    sweep = FORECAST_TRIALS[claim_id].sweep
-    runs = []
-    for size, arm, lr, seed in itertools.product(sweep.sizes, sweep.arms, sweep.lrs, sweep.seeds):
-        cell = (size, arm, lr, seed)
-        ends = {GRADIENT: gradient(*cell), UPDATE: update(*cell)}
-        signals = {name: Signal(range(8), [9.0, 9.0, *[end] * 5, math.nan]) for name, end in ends.items()}
-        runs.append(
-            RunResult(
-                size=size,
-                arm=arm,
-                lr=lr,
-                seed=seed,
-                num_params=parse_size(size).num_block_params,
-                initial_loss=L0,
-                final_loss=loss(*cell),
-                signals=signals,
-            )
-        )
-    return runs
+@pytest.fixture
+def study(plant: Plant) -> Study:
+    """`study(claim_id, loss, gradient, update)`: a claim's runs, by size, arm, rate and seed; the last two as ends."""
+
+    def build(claim_id: str, loss: Value, slope: Value, update: Value) -> list[RunResult]:
+        def signals(*cell: Any) -> dict[str, list[float]]:
+            ends = {GRADIENT: slope(*cell), UPDATE: update(*cell)}
+            return {name: [9.0, 9.0, *[end] * 5, math.nan] for name, end in ends.items()}
+
+        return plant(claim_id, loss, signals)
+
+    return build
 
 
 def result_of(size: str, arm: str, lr: float, seed: int) -> float:
@@ -99,14 +90,14 @@ def mixed(size: str, arm: str, lr: float, seed: int) -> float:
         (mixed, gradient, shrunk, "inconclusive"),
     ],
 )
-def test_planted_verdicts_of_eps(loss: Value, slope: Value, update: Value, verdict: str) -> None:
+def test_planted_verdicts_of_eps(study: Study, loss: Value, slope: Value, update: Value, verdict: str) -> None:
     """planted."""
     result = eps_meets_the_gradient(study("P11", loss, slope, update))
     assert result.verdict == verdict, result
     json.dumps(result.detail)
 
 
-def test_planted_fall_and_slopes_are_found() -> None:
+def test_planted_fall_and_slopes_are_found(study: Study) -> None:
     """planted: half of the update is lost at eps = g, but for reading it between arms a decade apart."""
     result = eps_meets_the_gradient(study("P11", harmed, gradient, shrunk))
     assert result.effect == pytest.approx(0.5, abs=0.1)
@@ -136,21 +127,21 @@ def earlier(size: str, arm: str, lr: float, seed: int) -> float:
 @pytest.mark.parametrize(
     ("loss", "verdict"), [(destroyed, "supported"), (milder, "contradicted"), (earlier, "inconclusive")]
 )
-def test_planted_verdicts_of_forced_logits(loss: Value, verdict: str) -> None:
+def test_planted_verdicts_of_forced_logits(study: Study, loss: Value, verdict: str) -> None:
     """planted."""
     result = forced_logits_destroy(study("P12", loss, steady, steady))
     assert result.verdict == verdict, result
     json.dumps(result.detail)
 
 
-def test_harm_is_measured_at_the_best_rate() -> None:
+def test_harm_is_measured_at_the_best_rate(study: Study) -> None:
     """planted: 0.5 nats at 1e3 and 0.3 above the bigram network at 1e4."""
     result = forced_logits_destroy(study("P12", destroyed, steady, steady))
     assert result.effect == pytest.approx(0.3, abs=1e-9)
     assert result.detail["harm of forcing"]["1000"] == pytest.approx(0.5, abs=1e-9)
 
 
-def test_a_missing_signal_is_an_error() -> None:
+def test_a_missing_signal_is_an_error(study: Study) -> None:
     """contract."""
     runs = study("P11", harmed, gradient, shrunk)
     bare = [dataclasses.replace(run, signals={}) for run in runs]

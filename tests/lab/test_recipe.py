@@ -105,7 +105,9 @@ def test_nonsense_has_its_sentence(config: type[Any], setting: dict[str, Any], s
     ids=str,
 )
 def test_the_edges_of_sense_are_allowed(config: type[Any], setting: dict[str, Any]) -> None:
-    config(**setting)
+    """contract: taken as given, neither refused nor moved."""
+    made = config(**setting)
+    assert {name: getattr(made, name) for name in setting} == setting
 
 
 def test_defaults_are_the_papers() -> None:

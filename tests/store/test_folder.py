@@ -43,7 +43,9 @@ def test_contract_a_reader_probing_the_lock_does_not_turn_a_writer_away(tmp_path
     fcntl.flock(fd, fcntl.LOCK_SH)
     timer = threading.Timer(0.2, os.close, [fd])
     timer.start()
-    fs.FolderLock(tmp_path).release()
+    lock = fs.FolderLock(tmp_path)
+    assert fs.is_locked(tmp_path)  # the writer has it, not the probe
+    lock.release()
     timer.join()
 
 
