@@ -114,7 +114,9 @@ FLAGS = {
         *("--workload", "--cells", "--minutes", "--parts", "--processes", "--seed", "--snapshot", "--anyway"),
         *("--json", "--out", "--step"),
     },
-    "forecast": {"--to", "--arm", "--lr", "--early", "--at", "--live", "--every", "--out", "--json"},
+    "forecast": {
+        *("--to", "--arm", "--lr", "--early", "--at", "--backtest", "--fit-seeds", "--live", "--every", "--out", "--json"),
+    },
     "plan": {"--to", "--budget", "--arm", "--json"},
     "fit": {"--cutoff", "--at", "--task", "--json"},
     "bench": {"--out", "--rerun", "--specimens", "--policies", "--seeds", "--processes", "--json"},

@@ -232,7 +232,7 @@ def test_the_command_prints_and_writes_the_same(write: Write, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ([], "takes one of --to SIZE, --early and --live, got none"),
+        ([], "takes one of --to SIZE, --early, --backtest and --live, got none"),
         (["--early", "--to", "64x2"], "got --to SIZE and --early"),
         (["--early", "--live"], "got --early and --live"),
         (["--to", "64x2", "--at", "3"], "--at is the step that --early looks at"),

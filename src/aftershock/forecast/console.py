@@ -35,7 +35,7 @@ FIRST_SEED = 100
 @dataclass(frozen=True)
 class Forecast:
     """Forecast the failing rate and the signals of a size never trained (--to), a run's end from its first steps
-    (--early), or what a run under way is about to do (--live)."""
+    (--early), or what a run under way is about to do (--live); or try such forecasts on sizes trained (--backtest)."""
 
     studies: Positional[Annotated[tuple[str, ...], arg(metavar="STUDY ...")]]
     """Study folders, whose runs are taken together; with --live the folder or log of one run."""
@@ -49,6 +49,10 @@ class Forecast:
     """Score what the first steps of these runs told of their ends, and give each run a probability of failing."""
     at: Annotated[int | None, arg(metavar="STEP")] = None
     """The step that --early looks at; the first one measured at 2 % of the run if left out."""
+    backtest: bool = False
+    """Forecast each size of these studies from smaller ones, repeatedly, and count how often the intervals held."""
+    fit_seeds: Annotated[int | None, arg(metavar="SEEDS")] = None
+    """Seeds that one forecast of --backtest may see; 3 if left out."""
     live: bool = False
     """Follow a run as it trains, and say when it is about to spike or diverge."""
     every: Annotated[float, arg(metavar="SECONDS")] = 2.0
@@ -75,6 +79,17 @@ class Forecast:
             else:
                 print_early(early)
             return 0
+        if self.backtest:
+            from aftershock.forecast.backtest import FIT_SEEDS, backtest_study
+            from aftershock.forecast.backtest_console import print_backtest
+
+            each = FIT_SEEDS if self.fit_seeds is None else self.fit_seeds
+            tested = backtest_study(self.studies, arm=self.arm, fit_seeds=each)
+            if self.json:
+                _write_json(tested.to_json())
+            else:
+                print_backtest(tested)
+            return 0
         from aftershock.forecast.outlook import forecast_study
 
         outlook = forecast_study(self.studies, to=self.to, arm=self.arm, lr=self.lr)
@@ -90,11 +105,14 @@ class Forecast:
         return 0
 
     def _check(self) -> None:
-        """Raises ValueError unless one of the three forecasts is asked for, with flags that belong to it."""
-        asked = [flag for flag, on in (("--to SIZE", self.to), ("--early", self.early), ("--live", self.live)) if on]
+        """Raises ValueError unless one of the four is asked for, with flags that belong to it."""
+        ways = {"--to SIZE": self.to, "--early": self.early, "--backtest": self.backtest, "--live": self.live}
+        asked = [flag for flag, on in ways.items() if on]
         if len(asked) != 1:
             got = f"got {' and '.join(asked)}" if asked else "got none"
-            raise ValueError(f"a forecast takes one of --to SIZE, --early and --live, {got}")
+            raise ValueError(f"a forecast takes one of --to SIZE, --early, --backtest and --live, {got}")
+        if self.fit_seeds is not None and not self.backtest:
+            raise ValueError(f"--fit-seeds is for --backtest; it has no meaning with {asked[0]}")
         if self.at is not None and not self.early:
             raise ValueError(f"--at is the step that --early looks at; it has no meaning with {asked[0]}")
         if self.lr is not None and not self.to:
