@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from aftershock.forecast.hazard import SLOTS, WITHIN, Hazard, Line, Slot, feature_names, features_of, probability
-from aftershock.forecast.live import CLASSES, LiveForecast, follow, slot_of
+from aftershock.forecast.live import CALM, CLASSES, SOON, LiveForecast, _Level, follow, slot_of
 from aftershock.forecast.live_rows import run_rows
 from aftershock.guard import incidentrecord
 from aftershock.guard.events import EventLog
@@ -101,13 +103,38 @@ def test_the_shipped_models_see_it_too() -> None:
 def test_a_state_goes_on_where_it_was() -> None:
     """round trip: through JSON in the middle of a run, the same prospects after; another thing is refused."""
     live, rows = LiveForecast([_model()]), _rows()
-    for step in range(140):
+    first = ONSET + 8  # in the steps after the spike, while its word still stands
+    for step in range(first):
         live.update(step, rows[step])
     copy = LiveForecast.from_dict(json.loads(json.dumps(live.to_dict())), hazards=[_model()])
-    for step in range(140, STEPS):
+    assert live.to_dict()["level"] != [0, 0, 0]
+    for step in range(first, STEPS):
         assert copy.update(step, rows[step]) == live.update(step, rows[step])
     with pytest.raises(ValueError, match="no state of a live forecast"):
         LiveForecast.from_dict({"rule": "Robust"})
+
+
+@given(st.lists(st.sampled_from([0.0, 0.02, 0.05, 0.2, 0.9]), max_size=60))
+def test_a_word_rises_at_once_and_falls_after_calmer_steps(series: list[float]) -> None:
+    """contract: never below the word of now; it falls only after `SOON` steps below it, and does not wait for long."""
+    level, names = _Level(), [name for _, name in CLASSES]
+    now = [next(i for i, (limit, _) in enumerate(CLASSES) if p < limit) for p in series]
+    said = [names.index(level.update(p)) for p in series]
+    for step, (at, word) in enumerate(zip(now, said, strict=True)):
+        assert word >= at
+        if step and word < said[step - 1]:
+            assert max(now[step - SOON + 1 : step + 1]) < said[step - 1]
+            assert step >= SOON
+        if step >= 2 * SOON * len(CLASSES):
+            assert word <= max(now[step - 2 * SOON * len(CLASSES) : step + 1])
+        if step and word > said[step - 1]:
+            assert word == at
+
+
+def test_a_probability_at_a_limit_does_not_flicker() -> None:
+    """planted: one that swings about a limit at every step is one word, not forty."""
+    level = _Level()
+    assert {level.update(CALM + (0.001 if step % 2 else -0.001)) for step in range(1, 80)} == {"watch"}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import math
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Mapping, Sequence
+from operator import mul
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -61,10 +62,11 @@ SCHEMA = 1
 class Track:
     """One signal so far. `add` a value; `features` are those after it. O(log WINDOW) a value."""
 
-    __slots__ = ("_linear", "_ordered", "_window", "fast", "z")
+    __slots__ = ("_floor", "_linear", "_ordered", "_window", "fast", "z")
 
     def __init__(self, slot: Slot) -> None:
         self._linear = slot in LINEAR
+        self._floor = FLOOR["linear" if self._linear else "log"]
         self._window: deque[float] = deque()
         self._ordered: list[float] = []
         self.z = self.fast = 0.0
@@ -82,12 +84,17 @@ class Track:
             x = value if self._linear else math.log(value) if value > TINY else math.log(TINY)
             ordered, window = self._ordered, self._window
             n = len(ordered)
-            self.z = self._sigmas(x, ordered) if n >= ARMED else 0.0
+            self.z = 0.0
+            if n >= ARMED:
+                spread = IQR_TO_SIGMA * (ordered[3 * n >> 2] - ordered[n >> 2])
+                z = (x - ordered[n >> 1]) / (spread if spread > self._floor else self._floor)
+                self.z = z if -MOST < z < MOST else math.copysign(MOST, z)
             if n == WINDOW:
                 del ordered[bisect_left(ordered, window.popleft())]
             window.append(x)
             insort(ordered, x)
-        self.fast = max(self.z, FADE * self.fast)
+        faded = FADE * self.fast
+        self.fast = self.z if self.z > faded else faded
 
     def features(self) -> list[float]:
         """By `SHAPES`."""
@@ -105,12 +112,6 @@ class Track:
         track._ordered = sorted(data["window"])
         track.z, track.fast = data["z"], data["fast"]
         return track
-
-    def _sigmas(self, x: float, ordered: Sequence[float]) -> float:
-        n = len(ordered)
-        spread = IQR_TO_SIGMA * (ordered[3 * n >> 2] - ordered[n >> 2])
-        z = (x - ordered[n >> 1]) / max(spread, FLOOR["linear" if self._linear else "log"])
-        return max(-MOST, min(MOST, z))
 
 
 def feature_names(signals: Sequence[Slot]) -> tuple[str, ...]:
@@ -134,7 +135,7 @@ class Line(NamedTuple):
 
     def log_odds(self, x: Sequence[float]) -> float:
         """Of one row."""
-        return self.intercept + sum(map(float.__mul__, self.coef, x))
+        return sum(map(mul, self.coef, x), self.intercept)
 
 
 class Hazard(NamedTuple):

@@ -37,6 +37,7 @@ SOON = 8
 CLASSES: tuple[tuple[float, str], ...] = ((0.03, "calm"), (0.1, "watch"), (0.3, "warning"), (1.01, "alarm"))
 """Upper ends of the probability within 8 steps, and what it is called below them. In the corpus its base rate is 0.008:
 watch begins at some four times that."""
+CALM = CLASSES[0][0]
 SPEAKS = 0.7
 """Natural-log odds above the usual from which a feature is named: twice the odds."""
 MOST_REASONS = 2
@@ -53,7 +54,8 @@ WORDS: dict[Slot, str] = {
 
 class Prospect(NamedTuple):
     """What lies ahead after `step`. `within`: by k, the probability of an onset in the next k steps, empty until the
-    loss has a baseline; `level`: in one word; `reasons`: what speaks for it, empty where nothing does."""
+    loss has a baseline; `level`: in one word, which rises at once and falls after `SOON` calmer steps in a row;
+    `reasons`: what speaks for it now, empty where nothing does."""
 
     step: int
     within: dict[int, float]
@@ -82,6 +84,7 @@ class LiveForecast:
         self._slots: dict[str, Slot | None] = {}
         self._armed: frozenset[Slot] = frozenset()
         self._model: Hazard | None = None
+        self._level = _Level()
 
     @property
     def wanted(self) -> frozenset[Slot]:
@@ -116,6 +119,7 @@ class LiveForecast:
             self._model = model_for(self._hazards, self._armed)
         loss = values.get("loss")
         if loss is not None and loss - loss != 0:
+            self._level.update(1.0)
             return Prospect(step, dict.fromkeys(WITHIN, 1.0), CLASSES[-1][1], ("the loss is not finite now",))
         model = self._model
         if model is None:
@@ -123,15 +127,20 @@ class LiveForecast:
         row = features_of(tracks, model.signals)
         top, within = 0.0, dict[int, float]()
         for k, line in zip(WITHIN, model.lines, strict=True):
-            top = within[k] = max(top, probability(line.log_odds(row)))  # what comes within 8 comes within 32 too
-        level = next(name for limit, name in CLASSES if within[SOON] < limit)
-        return Prospect(step, within, level, self._reasons(model, row) if level != CLASSES[0][1] else ())
+            p = probability(line.log_odds(row))
+            if p > top:  # what comes within 8 comes within 32 too
+                top = p
+            within[k] = top
+        soon = within[SOON]
+        level = self._level.update(soon)
+        return Prospect(step, within, level, self._reasons(model, row) if soon >= CALM else ())
 
     def to_dict(self) -> dict[str, Any]:
         """The state as JSON types."""
         return {
             "slots": dict(self._slots),
             "tracks": {slot: track.to_dict() for slot, track in self._tracks.items()},
+            "level": self._level.to_list(),
         }
 
     @classmethod
@@ -141,6 +150,7 @@ class LiveForecast:
         try:
             live._slots = dict(data["slots"])
             live._tracks = {slot: Track.from_dict(slot, track) for slot, track in data["tracks"].items()}
+            live._level = _Level(*data["level"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is no state of a live forecast ({error!r}); start with LiveForecast()") from None
         live._armed = frozenset(slot for slot, track in live._tracks.items() if track.armed)
@@ -181,6 +191,34 @@ class LiveForecast:
                     return f"{what} is not finite, or far beyond its last {WINDOW} steps"
                 return f"{what} {track.z:.1f} sigmas above its last {WINDOW} steps"
         raise AssertionError(feature)
+
+
+class _Level:
+    """The word for a probability. At a limit between two words it would flicker, so it falls only after `SOON` steps in
+    a row below, to the highest of theirs. `at`: number in `CLASSES`; `below`: steps since; `next_at`: their highest."""
+
+    __slots__ = ("at", "below", "next_at")
+
+    def __init__(self, at: int = 0, below: int = 0, next_at: int = 0) -> None:
+        self.at, self.below, self.next_at = at, below, next_at
+
+    def update(self, soon: float) -> str:
+        """After the next step's probability within `SOON`."""
+        if soon < CALM and self.at == 0:
+            return CLASSES[0][1]
+        at = next(number for number, (limit, _) in enumerate(CLASSES) if soon < limit)
+        if at >= self.at:
+            self.at, self.below, self.next_at = at, 0, 0
+        else:
+            self.below += 1
+            self.next_at = max(self.next_at, at)
+            if self.below == SOON:
+                self.at, self.below, self.next_at = self.next_at, 0, 0
+        return CLASSES[self.at][1]
+
+    def to_list(self) -> list[int]:
+        """What `__init__` takes."""
+        return [self.at, self.below, self.next_at]
 
 
 def slot_of(name: str) -> Slot | None:
@@ -296,13 +334,13 @@ class _Teller:
             if not spikes
             else f"{len(spikes)} {'spike' if len(spikes) == 1 else 'spikes'} came, from step "
             f"{', '.join(map(str, onsets[:5]))}{' and on' if len(onsets) > 5 else ''}; {foreseen} with "
-            f"{CLASSES[0][0]:.0%} or more within {SOON} in the {WITHIN[-1]} steps before"
+            f"{CALM:.0%} or more within {SOON} in the {WITHIN[-1]} steps before"
         )
         self._line(f"{len(self._losses):,} steps; {said}")
         self._line(came)
 
     def _warned(self, onset: int) -> bool:
-        return any(p >= CLASSES[0][0] for p in self._probabilities[max(0, onset - WITHIN[-1]) : onset])
+        return any(p >= CALM for p in self._probabilities[max(0, onset - WITHIN[-1]) : onset])
 
     def _say_signals(self, model: Hazard) -> None:
         missing = [WORDS[slot] for slot in SLOTS if slot in self._live.wanted and slot not in model.signals]
