@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -63,6 +64,7 @@ def fits_json(fits: ScoreFits, notes: list[str]) -> str:
     rows = []
     for fit in fits.fits:
         row = fit._asdict() | {"jump": None if fit.jump is None else fit.jump._asdict()}
+        row["versus"] = None if fit.versus is None else fit.versus._asdict() | {"told": fit.versus.told}
         rows.append(row)
     return json.dumps(
         _known({"cutoff": fits.cutoff, "fits": rows, "refused": fits.refused, "notes": notes}),
@@ -112,12 +114,15 @@ def summary(fits: ScoreFits) -> str:
     start = f"Fitted up to {fits.cutoff:.3g} FLOPs; errors are root mean squares above it, in the score's unit."
     if not scored:
         return f"{start} No run lies above: nothing was scored."
-    good = sum(fit.error["forecast"] <= min(fit.error["line"], fit.error["sigmoid"]) for fit in scored)
+    versus = [fit.versus for fit in scored if fit.versus is not None]
+    good = sum(one.difference <= 0 for one in versus)
+    told = Counter(one.told for one in versus)
     runs = sum(fit.num_held_out for fit in scored)
     inside = sum(fit.covered * fit.num_held_out for fit in scored) / runs
     return (
-        f"{start} Forecast at or below the better of line and sigmoid on {good} of {len(scored)}; the 90 % intervals "
-        f"hold {inside:.0%} of {runs} scores."
+        f"{start} Forecast at or below the better of line and sigmoid, chosen in hindsight, on {good} of "
+        f"{len(scored)}; where these runs can tell (95 %, over models), better on {told['better']}, worse on "
+        f"{told['worse']}. The 90 % intervals hold {inside:.0%} of {runs} scores."
     )
 
 

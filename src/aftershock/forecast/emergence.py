@@ -19,6 +19,7 @@ import numpy as np
 from aftershock.forecast.curves import FAMILIES, fit_curve
 from aftershock.forecast.jumps import Jump, find_jump
 from aftershock.forecast.mixture import TaskPoints, fit_mixture
+from aftershock.forecast.rivals import Rivalry, against_rivals, model_counts
 from aftershock.forecast.scores import ScoreTable, TaskScores
 
 LEVEL = 0.9
@@ -36,6 +37,8 @@ MEMBERS = {"adjusted_logit": False, "steady_sigmoid": True, "broken_power_law": 
 """Families of the forecast -> whether the mean over resamples stands for the fit: it tames those that can jump."""
 GROUP_VARIANCE, GROUP_DECADES = 2.0, 2.0
 """How much more a group's effect varies than a run's noise, and the distance over which it fades by a factor e."""
+RIVALS = ("line", "sigmoid")
+"""Families that a forecast must not fall behind: what anybody would fit."""
 MIXTURE_TASKS = 3
 """Curves in a table from which on a mixture of shared ones is fitted."""
 SCORE_NOISE = 0.005
@@ -53,7 +56,7 @@ class TaskFit(NamedTuple):
     `error` is the root mean square error above the cut-off by family, of the mixture and of the `forecast` (nan without
     runs above it). `weight` is each member's in the forecast and `best` the heaviest. The forecast is for `flops`, with
     a `LEVEL` interval; `actual` is the score of the run there (nan when there is none). `covered` is the share of runs
-    above the cut-off inside their intervals.
+    above the cut-off inside their intervals. `versus` sets it against the better of `RIVALS`; None without such runs.
     """
 
     label: str
@@ -69,6 +72,7 @@ class TaskFit(NamedTuple):
     high: float
     actual: float
     covered: float
+    versus: Rivalry | None
     jump: Jump | None
     sentence: str
 
@@ -208,7 +212,7 @@ def why_not(curve: TaskScores, x_cut: float) -> str:
 
 
 class _Fitted(NamedTuple):
-    """`score_S`: |error| / deviation of all inner held-out runs."""
+    """`score_S`: |error| / deviation of all inner held-out runs; `plain`: each family [M] above the cut-off."""
 
     weight_J: np.ndarray
     score_S: np.ndarray
@@ -216,7 +220,7 @@ class _Fitted(NamedTuple):
     prediction: _Prediction
     at: _Prediction
     x_at: float
-    error: dict[str, float]
+    plain: dict[str, np.ndarray]
 
 
 def _fit_one(curve: TaskScores, x_cut: float, at: float | None, num_resamples: int, seed: int) -> _Fitted:
@@ -231,10 +235,10 @@ def _fit_one(curve: TaskScores, x_cut: float, at: float | None, num_resamples: i
     x_M = np.append(held_out.x, x_at)
     group_M = np.append(held_out.group, group_at)
     both = _predict(known, curve.chance_fraction, x_M, group_M, _resamples(known.model, num_resamples, rng))
-    error = {}
-    for family in FAMILIES:
-        plain_M = fit_curve(family, known.x, known.y, chance=curve.chance_fraction).predict(held_out.x)[0]
-        error[family] = _rmse(plain_M, held_out.y)
+    plain = {
+        family: fit_curve(family, known.x, known.y, chance=curve.chance_fraction).predict(held_out.x)[0]
+        for family in FAMILIES
+    }
     scores = [
         np.abs(fold.prediction.mean(weight_J) - fold.truth_M) / fold.prediction.deviation(weight_J) for fold in folds
     ]
@@ -245,7 +249,7 @@ def _fit_one(curve: TaskScores, x_cut: float, at: float | None, num_resamples: i
         prediction=_places(both, slice(0, -1)),
         at=_places(both, slice(-1, None)),
         x_at=x_at,
-        error=error,
+        plain=plain,
     )
 
 
@@ -258,7 +262,10 @@ def _task_fit(curve: TaskScores, x_cut: float, one: _Fitted, pooled: float, mixt
     mean, deviation = float(one.at.mean(one.weight_J)[0]), float(one.at.deviation(one.weight_J)[0])
     ends = [curve.to_score(float(np.clip(mean + sign * quantile * deviation, 0, 1))) for sign in (-1, 1)]
     unit = abs(curve.best - curve.worst)
-    error = {**one.error, "mixture": mixture_error, "forecast": _rmse(mean_M, one.held_out.y)}
+    truth_M = one.held_out.y
+    error = {name: _rmse(plain_M, truth_M) for name, plain_M in one.plain.items()}
+    versus = against_rivals(mean_M, {name: one.plain[name] for name in RIVALS}, truth_M, one.held_out.model)
+    error |= {"mixture": mixture_error, "forecast": _rmse(mean_M, truth_M)}
     weight = dict(zip(MEMBERS, one.weight_J.tolist(), strict=True))
     there_N = curve.log_flops_N == one.x_at
     jump = find_jump(curve.log_flops_N, curve.fraction_N, curve.companion_N)
@@ -276,6 +283,7 @@ def _task_fit(curve: TaskScores, x_cut: float, one: _Fitted, pooled: float, mixt
         high=max(ends),
         actual=float(curve.score_N[there_N][-1]) if there_N.any() else math.nan,
         covered=float(inside_M.mean()) if inside_M.size else math.nan,
+        versus=None if versus is None else versus.scaled(unit),
         jump=jump,
         sentence="",
     )
@@ -347,12 +355,7 @@ def _weights(folds: Sequence[_Fold]) -> np.ndarray:
 
 
 def _resamples(model_N: np.ndarray, num_resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Counts [B, N] of a bootstrap over models, a model's checkpoints together; unnamed runs are models."""
-    names = [name or number for number, name in enumerate(model_N.tolist())]
-    unique = list(dict.fromkeys(names))
-    position_N = np.array([unique.index(name) for name in names])
-    counts_BU = rng.multinomial(len(unique), np.full(len(unique), 1 / len(unique)), size=num_resamples)
-    return counts_BU[:, position_N] + _TRACE
+    return model_counts(model_N, num_resamples, rng) + _TRACE
 
 
 def _mixture_errors(curves: Sequence[TaskScores], x_cut: float) -> list[float]:
