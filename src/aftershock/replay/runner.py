@@ -17,17 +17,15 @@ Must not import the lab.
 from __future__ import annotations
 
 import math
-import multiprocessing
 import time
-import warnings
 from collections.abc import Iterator, Sequence
-from multiprocessing.connection import Connection, wait
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from aftershock.replay.footprint import check_undone, footprint
+from aftershock.replay.forked import Lost, can_fork, run_forked
 from aftershock.replay.loop import Taken, length, take_steps
 from aftershock.replay.response import PRESENT_SHARE, Baseline, Response, measure
 from aftershock.replay.run import Cell, Run
@@ -43,8 +41,6 @@ QUIET_SHARE, QUIET = 0.1, 5
 NONFINITE = 10
 STAYS = 20
 """Steps without a finite loss after which a replay is lost."""
-GRACE_S = 10.0
-"""A worker that has not ended by itself this long after the time is up is ended."""
 
 
 class CellResult(NamedTuple):
@@ -170,8 +166,9 @@ def run_grid(
 ) -> Iterator[CellResult]:
     """The results of `cells` as they come in, begun in the order given: put the most informative first.
 
-    - `processes`: workers of one thread each, one fork a cell, so nothing that a cell does can reach another. With 1,
-      and where a GPU is there (a forked process cannot use it), cells run in this process one after another
+    - `processes`: workers of one thread each, forked, with a copy of the subject of their own. One that could not put
+      back what its cell changed is not asked again. With 1, and where a GPU is there (a forked process cannot use it),
+      cells run in this process one after another
     - `minutes`: then no cell begins, and those under way end where they stand; each cell of the list has its result
     - `steps`, `stop_early`: see `run_cell`
 
@@ -207,7 +204,12 @@ def _grid(
             (cell, settings | {"prefix": prefixes.get(_since(subject, cell)), "deadline": deadline}) for cell in cells
         ]
         if forked:
-            yield from _forked(subject, jobs, processes, deadline)
+
+            def work(number: int) -> CellResult:
+                return run_cell(subject, jobs[number][0], **jobs[number][1])
+
+            for number, answer in run_forked(work, len(jobs), processes=processes, deadline=deadline):
+                yield _lost(subject, jobs[number][0], answer) if isinstance(answer, Lost) else answer
         else:
             for cell, rest in jobs:
                 over = time.monotonic() >= deadline
@@ -216,11 +218,6 @@ def _grid(
         torch.set_num_threads(threads)
         for step in set(subject.states) - held:
             del subject.states[step]
-
-
-def can_fork() -> bool:
-    """Whether workers can be forked: not with a GPU, since neither CUDA nor autograd's threads outlive a fork."""
-    return "fork" in multiprocessing.get_all_start_methods() and not torch.accelerator.is_available()
 
 
 # ------------------------------------------------------------------------------------------------------- one cell
@@ -335,60 +332,8 @@ def _prefixes(subject: Subject, cells: Sequence[Cell], deadline: float) -> dict[
     return found
 
 
-def _forked(
-    subject: Subject, jobs: Sequence[tuple[Cell, dict[str, Any]]], processes: int, deadline: float
-) -> Iterator[CellResult]:
-    context = multiprocessing.get_context("fork")
-    waiting, under_way = list(jobs), dict[Connection, tuple[Any, Cell]]()
-    try:
-        while waiting or under_way:
-            while waiting and len(under_way) < processes:
-                cell, settings = waiting.pop(0)
-                if time.monotonic() >= deadline:
-                    yield _nothing(subject, cell, "budget")
-                    continue
-                ours, theirs = context.Pipe(duplex=False)
-                worker = context.Process(target=_work, args=(theirs, subject, cell, settings), daemon=True)
-                with warnings.catch_warnings():
-                    # From Python 3.12 on: threads of this process are not in the fork. torch's are not waited for.
-                    warnings.simplefilter("ignore", DeprecationWarning)
-                    worker.start()
-                theirs.close()  # so that a worker's death is the end of the pipe
-                under_way[ours] = (worker, cell)
-            left = None if math.isinf(deadline) else max(0.0, deadline + GRACE_S - time.monotonic())
-            ready = wait(list(under_way), timeout=left) if under_way else []
-            for pipe in ready or list(under_way):
-                assert isinstance(pipe, Connection)
-                worker, cell = under_way.pop(pipe)
-                yield _received(subject, cell, pipe, worker, late=not ready)
-    finally:
-        for worker, _ in under_way.values():
-            worker.terminate()
-            worker.join()
-
-
-def _received(subject: Subject, cell: Cell, pipe: Connection, worker: Any, *, late: bool) -> CellResult:
-    if late:
-        worker.terminate()
-        worker.join()
-        return _nothing(subject, cell, "budget", error=f"did not end within {GRACE_S:g} s after the time was up")
-    try:
-        result = pipe.recv()
-    except EOFError:
-        worker.join()
-        return _nothing(subject, cell, "error", error=f"the worker died with exit code {worker.exitcode}")
-    worker.join()
-    return result
-
-
-def _work(pipe: Connection, subject: Subject, cell: Cell, settings: dict[str, Any]) -> None:
-    """In the worker."""
-    torch.set_num_threads(1)
-    try:
-        result = run_cell(subject, cell, **settings)
-    except Exception as failed:
-        result = _nothing(subject, cell, "error", error=f"{type(failed).__name__}: {failed}")
-    pipe.send(result)
+def _lost(subject: Subject, cell: Cell, lost: Lost) -> CellResult:
+    return _nothing(subject, cell, "error" if lost.why == "error" else "budget", error=lost.words)
 
 
 def _nothing(subject: Subject, cell: Cell, stopped: Stopped, *, error: str = "") -> CellResult:
