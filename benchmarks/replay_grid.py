@@ -29,8 +29,8 @@ READING = """\
 The default grid and three controls on one incident each. `one after another`: every cell at full length, ten spike
 lengths past the spike, in one process from the recorded snapshot. Targets: at most 300 s, at most 0.25 of that time.
 `steps run`: of the steps of all cells at full length, those that ours takes; with two processes the ratio cannot be
-below half of that, whatever a step costs. `other answer`: cells that were stopped early and whose full replay answers otherwise whether the spike is there: it
-goes on for ten spike lengths and may meet the run's next spike.
+below half of that, whatever a step costs. `other answer`: cells that were stopped early and whose full replay answers
+otherwise whether the spike is there: it goes on for ten spike lengths and may meet the run's next spike.
 """
 
 
