@@ -25,19 +25,21 @@ class Cut:
         kind = "cpu" if device.type == "cpu" else "other"
         self.num_places, self.device = len(sizes), device
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.groups: list[list[tuple[int, slice]]] = [[]]
+        self.groups: list[list[tuple[int, int]]] = [[]]
+        self._piece, self._most = PIECE[kind], 0
         self._index: dict[tuple[int, ...], Tensor] = {}
         self._room: Tensor | None = None
         self._views: dict[tuple[tuple[torch.dtype, int], ...], list[Tensor]] = {}
-        room = GROUP[kind]
+        filled = 0
         for place, size in enumerate(sizes):
-            for start in range(0, size, PIECE[kind]):
-                stop = min(size, start + PIECE[kind])
-                if self.groups[-1] and room < stop - start:
+            for number, start in enumerate(range(0, size, self._piece)):
+                length = min(size - start, self._piece)
+                if self.groups[-1] and filled + length > GROUP[kind]:
                     self.groups.append([])
-                    room = GROUP[kind]
-                self.groups[-1].append((place, slice(start, stop)))
-                room -= stop - start
+                    filled = 0
+                self.groups[-1].append((place, number))
+                filled += length
+                self._most = max(self._most, filled)
 
     def columns(
         self,
@@ -54,15 +56,17 @@ class Cut:
         other is summed.
         """
         here = [all(one is not None for one in side) for side in zip(*tensors, strict=True)]
-        flats = [[None if t is None else t.reshape(-1) for t in side] for side in tensors]
+        whole = all(here)
+        sides = [[() if t is None else self._split(t) for t in side] for side in tensors]
         places_N: list[int] = []
         found: dict[str, list[Tensor]] = {}
         for group in self.groups:
-            group = [(place, where) for place, where in group if here[place]]
+            if not whole:
+                group = [one for one in group if here[one[0]]]
             if not group:
                 continue
             places = [place for place, _ in group]
-            pieces = [[_wide(flat[place], where) for place, where in group] for flat in flats]
+            pieces = [[_wide(side[place][number]) for place, number in group] for side in sides]
             for name, numbers in work(places, pieces).items():
                 found.setdefault(name, []).extend(numbers)
             places_N += places
@@ -72,6 +76,11 @@ class Cut:
         # A process may hold no element of any place: its share of every sum is 0.
         sums = {name: self._combine(name, found[name], index_N) if found else zero_P for name in names}
         return {name: torch.where(absent_P, torch.nan, sum_P) for name, sum_P in sums.items()}
+
+    def _split(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Its pieces, by number: one call for all of them, where a slice each would cost more than the work on it."""
+        flat = tensor.reshape(-1)
+        return flat.split(self._piece) if flat.numel() > self._piece else (flat,)
 
     def scratch(self, pieces: Sequence[Tensor]) -> list[Tensor] | None:
         """On a CPU: room for results like `pieces`, the same memory for every group; elsewhere None.
@@ -83,8 +92,7 @@ class Cut:
         key = tuple((piece.dtype, piece.numel()) for piece in pieces)
         if key not in self._views:
             if self._room is None:
-                most = max(sum(where.stop - where.start for _, where in group) for group in self.groups)
-                self._room = torch.empty(most, dtype=torch.float64)
+                self._room = torch.empty(self._most, dtype=torch.float64)
             rooms = self._room[: sum(size for _, size in key)].split([size for _, size in key])
             self._views[key] = [room.view(dtype)[:size] for room, (dtype, size) in zip(rooms, key, strict=True)]
         return self._views[key]
@@ -111,8 +119,6 @@ class Cut:
         return self._index[key]
 
 
-def _wide(flat: Tensor | None, where: slice) -> Tensor:
-    """The piece, in float32 at least: statistics of bf16 tensors are not taken in bf16."""
-    assert flat is not None
-    piece = flat[where] if where.stop - where.start < flat.numel() else flat
+def _wide(piece: Tensor) -> Tensor:
+    """In float32 at least: statistics of bf16 tensors are not taken in bf16."""
     return piece if piece.dtype in (torch.float32, torch.float64) else piece.float()
