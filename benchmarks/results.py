@@ -14,5 +14,5 @@ def write(lines: list[str], *, mark: str) -> None:
     if begin not in text:
         text += f"\n{begin}\n{end}\n"
     before, after = text.split(begin)[0], text.split(end)[1]
-    RESULTS.write_text(f"{before}{begin}\n" + "\n".join(lines) + f"{end}{after}")
+    RESULTS.write_text(f"{before}{begin}\n" + "\n".join(lines).rstrip("\n") + f"\n{end}{after}")
     print(f"written to {RESULTS}")
