@@ -10,7 +10,7 @@ import math
 import multiprocessing
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from multiprocessing.connection import Connection, wait
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -43,13 +43,15 @@ def can_fork() -> bool:
 
 def run_forked(
     work: Work[T], count: int, *, processes: int, deadline: float = math.inf
-) -> Iterator[tuple[int, T | Lost]]:
+) -> Generator[tuple[int, T | Lost], None, None]:
     """`work(0)` to `work(count - 1)` as their answers come in, begun in that order.
 
     - `processes`: workers of one thread each. One whose work raised may have left its copy of things as they should
       not be: it ends, and another is forked
     - `deadline` of `time.monotonic()`: from then on none begins, and `work` is expected to end by itself within
       `GRACE_S`
+
+    Closing it ends the workers.
     """
     waiting, idle, under_way = list(range(count)), list[_Worker](), dict[Connection, tuple[_Worker, int]]()
     try:
