@@ -246,12 +246,16 @@ def test_one_forecast_at_a_time(flags: list[str], words: str, capsys: pytest.Cap
     assert words in capsys.readouterr().err
 
 
-def test_the_study_of_the_page_is_the_one_it_says() -> None:
+@pytest.mark.parametrize(
+    ("name", "runs", "seeds"),
+    [("early_divergence", 140, {10, 11, 12, 13}), ("early_edge", 144, {20, 21, 22, 23})],
+)
+def test_the_studies_of_the_page_are_those_it_says(name: str, runs: int, seeds: set[int]) -> None:
     """contract: sizes, ladder and length of the page's numbers, and seeds that no other study of ours has."""
-    spec = load_spec(Path(__file__).parents[2] / "examples" / "early_divergence.yaml")
+    spec = load_spec(Path(__file__).parents[2] / "examples" / f"{name}.yaml")
     planned = expand(spec)
-    assert len(planned) == 140
-    assert {p.ref.seed for p in planned} == {10, 11, 12, 13}
+    assert len(planned) == runs
+    assert {p.ref.seed for p in planned} == seeds
     assert all(p.config.model.kind == "decoder" and p.config.model.qk_norm == "off" for p in planned)
     usual = dataclasses.replace(tiny_run(steps=200), measure_every=4)
     assert spec.base == usual
