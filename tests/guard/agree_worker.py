@@ -60,6 +60,7 @@ def main() -> None:
         except ValueError as error:
             found[trouble] = {"error": str(error)}
     Path(f"{out}.{dist.get_rank()}").write_text(json.dumps(found))
+    dist.barrier()  # a rank that is torn down while another still talks to it may abort at its exit
     dist.destroy_process_group()
 
 
