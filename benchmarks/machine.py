@@ -31,6 +31,11 @@ def describe() -> dict[str, str]:
     }
 
 
+def line() -> str:
+    """The same in one line, of what runs on any number of cores."""
+    return "; ".join(f"{key}: {value}" for key, value in describe().items() if key != "cores used")
+
+
 def matmul_limit(dtype: torch.dtype, *, size: int = 1024) -> float:
     """GFLOP/s of the fastest of ten square products on this core: what no training step can exceed."""
     a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)

@@ -79,7 +79,7 @@ def main() -> int:
     done = [measure(name, seed=arguments.seed, processes=arguments.processes) for name in arguments.specimens]
     lines = [
         READING,
-        "; ".join(f"{key}: {value}" for key, value in machine.describe().items() if key != "cores used"),
+        machine.line(),
         "",
         "| incident | cells | ours, s | one after another, s | ratio | steps run | other answer |",
         "|---|---|---|---|---|---|---|",

@@ -97,7 +97,7 @@ def main() -> int:
     done = [measure(name, seed=arguments.seed) for name in SPECIMENS]
     lines = [
         READING,
-        "; ".join(f"{key}: {value}" for key, value in machine.describe().items() if key != "cores used"),
+        machine.line(),
         "",
         "| incident | stacked, ms | one after another, ms | ratio | other bits |",
         "|---|---|---|---|---|",

@@ -1,7 +1,7 @@
 """`python -m benchmarks.tap_cost`: what watching a 100M-parameter decoder costs, ours and rivals', in one run.
 
-Each watcher takes its turns on one shared model: a bare step, then with the watcher attached one untimed step, which
-pays for what is paid once, and the timed one, set against the bare one just before. Steps of seconds still differ for
+Each watcher takes its turns on one shared model: a bare step, then with the watcher attached untimed steps, which pay
+for what is paid once, and the timed one, set against the bare one just before. Steps of seconds still differ for
 no reason, so the work of a watcher that does it in calls of its own is also timed alone, inside the step, and set
 against the rest of that same step.
 """
@@ -28,6 +28,9 @@ SHAPES = {
     "tiny": {"width": 64, "depth": 2, "heads": 1, "vocab_size": 256, "context": 64},
 }
 SEQUENCES = 4
+SETTLE = 2
+"""Steps with a watcher before the timed ones. What it takes of memory moves what others held, and for a step or two
+forward and backward spend up to a second in fetching pages anew."""
 READING = """\
 ## Cost of watching
 
@@ -86,11 +89,13 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
 
     def watched(self, name: str) -> Timed:
-        """Bare, then attached: one step to settle, and the timed ones."""
+        """Bare, then attached: steps to settle, and the timed ones."""
         with WATCHERS["bare"](self.model, self.optimizer, self.clock) as hooks:
+            self.step(hooks, 0)
             bare_s = self._steps(hooks)
         with WATCHERS[name](self.model, self.optimizer, self.clock) as hooks:
-            self.step(hooks, 0)
+            for index in range(SETTLE):
+                self.step(hooks, index)
             self.clock.seconds = 0.0
             step_s = self._steps(hooks)
             alone = hooks.whole and self.device == "cpu"

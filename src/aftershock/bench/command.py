@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
 from tyro.conf import Positional, arg
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from aftershock.bench.records import Record
     from aftershock.bench.survival_record import Study
 
+RecordT = TypeVar("RecordT")
 WritePage = Callable[["Record", Path], Path]
 """Writes the page of a record into a folder; returns its path. `report.detectors.write_detectors_page` is one."""
 WriteStudyPage = Callable[["Study", Path], Path]
@@ -98,7 +99,6 @@ class Bench:
     def _diagnoses_again(self) -> Diagnoses:
         from aftershock.bench.diagnosis import JUDGED, diagnose_zoo
         from aftershock.bench.diagnosis_record import make_record, write_diagnoses
-        from aftershock.bench.records import checkout_folder
         from aftershock.lab.zoo.registry import UNSEEN
 
         count = len(JUDGED) if self.seeds is None else self.seeds
@@ -116,10 +116,7 @@ class Bench:
         )
         command = f"aftershock bench replay --rerun{'' if self.seeds is None else f' --seeds {self.seeds}'}"
         record = make_record(found, unseen=tuple(UNSEEN), command=command)
-        write_diagnoses(self.out, record)
-        own = checkout_folder()
-        if own is not None and not self.specimens:
-            write_diagnoses(own, record)
+        self._keep(write_diagnoses, record, whole=not self.specimens)
         return record
 
     def _precursors(self) -> int:
@@ -138,7 +135,6 @@ class Bench:
         from aftershock.bench.detectors import halves
         from aftershock.bench.precursors_record import write_precursors
         from aftershock.bench.precursors_run import Phases, run_precursors
-        from aftershock.bench.records import checkout_folder
         from aftershock.forecast import hazard
 
         tuning, scoring = halves(self.seeds)
@@ -151,17 +147,14 @@ class Bench:
             on_progress=Phases(*map(_Lines, ("runs trained", "runs read", "forecasts fitted", "indicators judged"))),
         )
         made = {name: getattr(found.record, name) for name in ("command", "date", "tuning_seeds")}
-        places = [(self.out, self.out)]
-        own, models = checkout_folder(), hazard.checkout_folder()
-        if own is not None and models is not None and not self.specimens:
-            places.append((own, models))
-        for folder, beside in places:
-            write_precursors(folder, found.record)
-            hazard.write_hazards(beside, found.hazards, made=made)
+        self._keep(write_precursors, found.record, whole=not self.specimens)
+        hazard.write_hazards(self.out, found.hazards, made=made)
+        own = hazard.checkout_folder()
+        if own is not None and not self.specimens:
+            hazard.write_hazards(own, found.hazards, made=made)
         return found.record
 
     def _study_again(self) -> Study:
-        from aftershock.bench.records import checkout_folder
         from aftershock.bench.survival_record import write_study
         from aftershock.bench.survival_study import run_study
 
@@ -173,15 +166,12 @@ class Bench:
             processes=self.processes,
             on_progress=_Lines("runs trained"),
         )
-        write_study(self.out, study)
-        own = checkout_folder()
-        if own is not None and not (self.specimens or self.policies):
-            write_study(own, study)
+        self._keep(write_study, study, whole=not (self.specimens or self.policies))
         return study
 
     def _again(self) -> Record:
         from aftershock.bench.detectors import Phases, halves, run_benchmark
-        from aftershock.bench.records import checkout_folder, write_record
+        from aftershock.bench.records import write_record
 
         tuning, scoring = halves(self.seeds)
         record = run_benchmark(
@@ -192,11 +182,17 @@ class Bench:
             processes=self.processes,
             on_progress=Phases(_Lines("runs trained"), _Lines("runs judged")),
         )
-        write_record(self.out, record)
-        own = checkout_folder()
-        if own is not None and not self.specimens:
-            write_record(own, record)
+        self._keep(write_record, record, whole=not self.specimens)
         return record
+
+    def _keep(self, write: Callable[[Path, RecordT], object], record: RecordT, *, whole: bool) -> None:
+        """In --out; that of the whole zoo becomes the package's own too, in a checkout."""
+        from aftershock.bench.records import checkout_folder
+
+        write(self.out, record)
+        own = checkout_folder()
+        if own is not None and whole:
+            write(own, record)
 
 
 class _Lines:

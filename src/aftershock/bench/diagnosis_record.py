@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from aftershock.bench.diagnosis import BUILDING, Incident, code_digest
-from aftershock.bench.records import fields_of, from_file
+from aftershock.bench.records import fields_of, from_file, to_file
 from aftershock.replay.response import wilson
 from aftershock.store.environment import describe_environment
-from aftershock.store.folder import atomic_write
 
 NAME = "replay.json"
 SCHEMA = 1
@@ -120,13 +118,8 @@ def rate(count: int, total: int) -> Rate:
 
 def write_diagnoses(folder: Path, record: Diagnoses) -> Path:
     """Write the record into `folder`, in place of an older one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / NAME
-    data = {"schema": SCHEMA, **plain(record)}
-    # one incident a line: a new study then shows in a diff as the lines that it changed
-    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace('{"specimen"', '\n{"specimen"')
-    atomic_write(path, (text + "\n").encode("ascii"))
-    return path
+    breaks = {'{"specimen"': '\n{"specimen"'}
+    return to_file(folder / NAME, plain(record), schema=SCHEMA, breaks=breaks)
 
 
 def read_diagnoses(folder: Path | None = None) -> Diagnoses:

@@ -5,13 +5,11 @@ A figure that has no value is None. Must not import torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aftershock.bench.records import Span, fields_of, from_file
-from aftershock.store.folder import atomic_write
+from aftershock.bench.records import Span, fields_of, from_file, to_file
 
 NAME = "precursors.json"
 SCHEMA = 1
@@ -126,13 +124,8 @@ class Precursors(NamedTuple):
 
 def write_precursors(folder: Path, record: Precursors) -> Path:
     """Write the record into `folder`, in place of an older one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / NAME
-    text = json.dumps({"schema": SCHEMA, **plain(record)}, allow_nan=False, separators=(",", ":"))
-    # one row a line: a new run then shows in a diff as the rows that it changed
-    text = text.replace('{"indicator"', '\n{"indicator"').replace('{"name"', '\n{"name"')
-    atomic_write(path, (text + "\n").encode("ascii"))
-    return path
+    breaks = {start: f"\n{start}" for start in ('{"indicator"', '{"name"')}
+    return to_file(folder / NAME, plain(record), schema=SCHEMA, breaks=breaks)
 
 
 def read_precursors(folder: Path | None = None) -> Precursors:

@@ -100,12 +100,7 @@ class Record(NamedTuple):
 
 def write_record(folder: Path, record: Record) -> Path:
     """Write the record into `folder`, in place of an older one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / NAME
-    text = json.dumps({"schema": SCHEMA, **_plain(record)}, allow_nan=False, separators=(",", ":"))
-    # one row a line: a new run then shows in a diff as the rows that it changed
-    atomic_write(path, (text.replace('},{"', '},\n{"').replace('],"', '],\n"') + "\n").encode("ascii"))
-    return path
+    return to_file(folder / NAME, _plain(record), schema=SCHEMA, breaks={'},{"': '},\n{"', '],"': '],\n"'})
 
 
 def read_record(folder: Path | None = None) -> Record:
@@ -114,6 +109,20 @@ def read_record(folder: Path | None = None) -> Record:
     Raises ValueError when neither is there, or the file is damaged.
     """
     return from_file(NAME, folder, parse_record, what="benchmark of detectors", command="detectors")
+
+
+def to_file(path: Path, fields: Mapping[str, Any], *, schema: int, breaks: Mapping[str, str]) -> Path:
+    """Write a record's fields into `path`, in place of an older one; `from_file` reads it.
+
+    `breaks`: text -> the same with the line breaks that put one row on a line. A new run then shows in a diff as the
+    rows that it changed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"schema": schema, **fields}, allow_nan=False, separators=(",", ":"))
+    for plain, broken in breaks.items():
+        text = text.replace(plain, broken)
+    atomic_write(path, (text + "\n").encode("ascii"))
+    return path
 
 
 def from_file(

@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from aftershock.bench.records import fields_of, from_file, rounded
+from aftershock.bench.records import fields_of, from_file, rounded, to_file
 from aftershock.bench.survival import DEFAULT, Judged, Summary, summary
-from aftershock.store.folder import atomic_write
 
 NAME = "guard.json"
 SCHEMA = 1
@@ -77,14 +76,9 @@ def _row(policy: str, kind: str, specimen: str, half: str, runs: Sequence[Judged
 
 def write_study(folder: Path, study: Study) -> Path:
     """Write the record into `folder`, in place of an older one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / NAME
     rows = [row._asdict() | {"figures": list(row.figures)} for row in study.rows]
-    head = json.dumps({"schema": SCHEMA, **study._asdict(), "rows": []}, allow_nan=False, separators=(",", ":"))
-    # one row a line: a new study then shows in a diff as the rows that it changed
-    lines = ",\n".join(json.dumps(row, allow_nan=False, separators=(",", ":")) for row in rows)
-    atomic_write(path, (head.replace('"rows":[]', f'"rows":[\n{lines}\n]') + "\n").encode("ascii"))
-    return path
+    breaks = {'{"policy"': '\n{"policy"', '],"scoring_seeds"': '\n],"scoring_seeds"'}
+    return to_file(folder / NAME, study._asdict() | {"rows": rows}, schema=SCHEMA, breaks=breaks)
 
 
 def read_study(folder: Path | None = None) -> Study:

@@ -6,18 +6,19 @@ Legend: a repeat is one forecast; a block of seeds is what one repeat may see. T
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from aftershock.forecast.check import Check
 from aftershock.forecast.fits import LEVEL, Interval
 from aftershock.forecast.observations import QUANTITIES, Observations, read_observations
-from aftershock.forecast.outlook import forecast, plain
-from aftershock.lab.sizes import parse_size
+from aftershock.forecast.outlook import forecast, plain, size_of
 
 SCHEMA = 1
 FIT_SEEDS = 3
+SAME = 1e-9
+"""Rungs that are no difference: they come of logarithms."""
 FAILING = "failing_rate"
 """Key of the failing rate among the quantities of a tally."""
 
@@ -76,7 +77,6 @@ def backtest_study(
     *,
     arm: str = "",
     fit_seeds: int = FIT_SEEDS,
-    on_progress: Callable[[int, int], None] | None = None,
 ) -> Backtest:
     """Forecast every size that has two smaller ones, from the sizes up to each of those, by each block of seeds.
 
@@ -87,12 +87,10 @@ def backtest_study(
         for tally in backtest_study(["out/small", "out/later"], arm="no_qk_norm").tallies:
             print(tally.title, tally.held, tally.of)
     """
-    return backtest(read_observations(folders, arm=arm), fit_seeds=fit_seeds, on_progress=on_progress)
+    return backtest(read_observations(folders, arm=arm), fit_seeds=fit_seeds)
 
 
-def backtest(
-    found: Observations, *, fit_seeds: int = FIT_SEEDS, on_progress: Callable[[int, int], None] | None = None
-) -> Backtest:
+def backtest(found: Observations, *, fit_seeds: int = FIT_SEEDS) -> Backtest:
     """`backtest_study` of runs already read."""
     if fit_seeds < 1:
         raise ValueError(f"a forecast takes at least one seed, got {fit_seeds}")
@@ -102,12 +100,12 @@ def backtest(
             "two smaller ones: add sizes"
         )
     blocks = seed_blocks(sorted({run.seed for run in found.runs}), fit_seeds)
-    jobs = [(largest, to, seeds) for to in range(2, len(found.sizes)) for largest in range(1, to) for seeds in blocks]
-    repeats = []
-    for largest, to, seeds in jobs:
-        repeats.append(_repeat(found, largest, to, seeds))
-        if on_progress is not None:
-            on_progress(len(repeats), len(jobs))
+    repeats = [
+        _repeat(found, largest, to, seeds)
+        for to in range(2, len(found.sizes))
+        for largest in range(1, to)
+        for seeds in blocks
+    ]
     rungs = [one.check.rungs for one in repeats if one.check is not None and one.check.rungs is not None]
     return Backtest(
         schema=SCHEMA,
@@ -115,7 +113,7 @@ def backtest(
         arm=found.arm,
         level=LEVEL,
         repeats=tuple(repeats),
-        within_a_rung=sum(abs(off) <= 1 for off in rungs),
+        within_a_rung=sum(abs(off) <= 1 + SAME for off in rungs),
         num_rungs=len(rungs),
         tallies=tallies(repeats),
         notes=found.notes,
@@ -154,12 +152,11 @@ def _tally(key: str, counts: Sequence[tuple[int, int]]) -> Tally:
 
 def _repeat(found: Observations, largest: int, to: int, seeds: tuple[int, ...]) -> Repeat:
     sizes = tuple(found.sizes[: largest + 1])
-    later = found.only(found.sizes[to])
+    target, later = found.sizes[to], found.only(found.sizes[to])
     seen = found._replace(runs=tuple(run for run in found.runs if run.size in sizes and run.seed in seeds))
     times = later.runs[0].num_params / max(run.num_params for run in found.runs if run.size in sizes)
-    target = parse_size(f"{later.runs[0].width}x{later.runs[0].depth}")
     try:
-        outlook = forecast(seen, target, later=later)
+        outlook = forecast(seen, size_of(later.runs[0]), later=later)
     except ValueError as error:
-        return Repeat(found.sizes[to], sizes, seeds, times, None, None, str(error))
-    return Repeat(found.sizes[to], sizes, seeds, times, outlook.failing.rate, outlook.check, outlook.failing.refused)
+        return Repeat(target, sizes, seeds, times, None, None, str(error))
+    return Repeat(target, sizes, seeds, times, outlook.failing.rate, outlook.check, outlook.failing.refused)

@@ -155,7 +155,7 @@ def forecast(
     ways = None if none_or_all_fail(found) else weigh_ways(found, seed=seed)
     failing = forecast_failing(found, family, target, ways=ways, seed=seed)
     sized = [
-        AtSize(size, one.num_params, forecast_failing(found, family, _size(one), ways=ways, seed=seed).rate)
+        AtSize(size, one.num_params, forecast_failing(found, family, size_of(one), ways=ways, seed=seed).rate)
         for size, one in ((size, found.only(size).runs[0]) for size in found.sizes)
     ]
     lines = _lines(found, failing, seed)
@@ -198,7 +198,7 @@ def _check(
     return Check(len(later.runs), seeds, mean_rungs(seeds), tuple(row for row in rows if row.num_runs))
 
 
-def _size(run: Observation) -> Size:
+def size_of(run: Observation) -> Size:
     """Heads do not matter to a fit."""
     return Size(run.width, run.depth, heads=1)
 
