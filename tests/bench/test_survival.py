@@ -13,9 +13,9 @@ from torch import nn
 
 from aftershock.bench import survival_study
 from aftershock.bench.command import Bench
-from aftershock.bench.survival import Job, Judged, full_grid, judge, reduced_grid, summary
+from aftershock.bench.survival import Job, Judged, full_grid, judge, summary
 from aftershock.bench.survival_record import NAME, Study, read_study, rows_of, study_json, write_study
-from aftershock.bench.survival_run import FAULT_FREE, NUDGED, SHIFTED, UNGUARDED, Ended, Happened, train
+from aftershock.bench.survival_run import FAULT_FREE, NUDGED, REFERENCES, SHIFTED, UNGUARDED, Ended, Happened, train
 from aftershock.bench.survival_table import headline, markdown, print_study
 from aftershock.lab.zoo.disturbances import Strike
 from aftershock.lab.zoo.specimen import Specimen, Trial
@@ -46,7 +46,9 @@ def _references(seed: int = 1, *, shifted: float = 1.01, nudged: float = 1.01) -
 
 
 def _judged(*runs: Ended, shifted: float = 1.01, nudged: float = 1.01) -> list[Judged]:
-    return judge([*_references(shifted=shifted, nudged=nudged), *runs], kinds=KINDS, onsets=ONSETS)
+    """The runs themselves, without the controls that stand before them."""
+    found = judge([*_references(shifted=shifted, nudged=nudged), *runs], kinds=KINDS, onsets=ONSETS)
+    return [run for run in found if run.policy not in REFERENCES]
 
 
 @pytest.mark.parametrize(
@@ -79,10 +81,20 @@ def test_a_stopped_run_is_lost() -> None:
     assert found.reason == "stopped at step 100: enough"
 
 
+def test_a_refused_run_was_not_tried() -> None:
+    """oracle: it counts as refused, and neither as lost nor as stopped."""
+    refused = _judged(_ended("wild", "ladder", None, stopped="refused: SGD has no eps"))
+    both = summary([*refused, *_judged(_ended("wild", "ladder", 1.0))])
+    assert (both.runs, both.refused, both.survived, both.stopped) == (1, 1, 1, 0)
+    rows = rows_of(refused, scoring=(1,))
+    assert all(row.figures.runs == 0 and not row.reasons for row in rows)
+
+
 def test_an_unguarded_run_that_ends_nowhere_is_beaten_by_any_end() -> None:
     runs = [_ended("wild", UNGUARDED, None), _ended("wild", NUDGED, None), _ended("wild", "ladder", 99.0)]
-    (found,) = judge(runs, kinds=KINDS, onsets=ONSETS)
+    sham, found = judge(runs, kinds=KINDS, onsets=ONSETS)
     assert found.survived
+    assert not sham.survived
     with pytest.raises(ValueError, match="wild, seed 1: the run unguarded is missing"):
         judge(runs[1:], kinds=KINDS, onsets=ONSETS)
 
@@ -99,15 +111,34 @@ def test_false_interventions_are_those_without_a_fault() -> None:
     assert total.false_rate == pytest.approx(1e4 * 4 / 154)
 
 
-def test_grids() -> None:
-    """contract: no run twice, every guarded run has its references, and the reduced grid is part of the full one."""
-    reduced = reduced_grid(KINDS | {"slingshot": "spontaneous"})
-    assert len(set(reduced)) == len(reduced)
-    assert Job("slingshot", "zclip", 1) in reduced
-    assert Job("bad", "zclip", 1) not in reduced
+def test_the_grid_is_whole_seed_by_seed() -> None:
+    """contract: no run twice, every guarded run has its references, and a study cut short has whole seeds."""
     full = full_grid(KINDS, ("ladder", "zclip"), (1, 3))
-    assert len(full) == 2 * (3 + 2 + 1) + 2 * 3 * 2
-    assert {job.seed for job in full} == {1, 3}
+    assert len(set(full)) == len(full) == 2 * (3 + 2 + 1) + 2 * 3 * 2
+    assert [job.seed for job in full] == sorted(job.seed for job in full)
+    assert {Job("bad", SHIFTED, 3), Job("wild", NUDGED, 3), Job("calm", "zclip", 3)} <= set(full)
+
+
+def test_what_nothing_guards_is_judged_beside() -> None:
+    """oracle: an unguarded fault, and shams that end 1 % off and 5 % off."""
+    found = {(run.specimen, run.policy): run for run in judge(_references(nudged=1.05), kinds=KINDS, onsets=ONSETS)}
+    assert {key: run.survived for key, run in found.items()} == {
+        ("bad", UNGUARDED): False, ("bad", SHIFTED): True, ("wild", NUDGED): False
+    }  # fmt: skip
+    assert all(run.but_for_noise for (_, policy), run in found.items() if policy != UNGUARDED)
+
+
+def test_known_policies() -> None:
+    """contract: the default first, none that needs a part of the user's, a wrong name named before anything is done."""
+    every = survival_study.known_policies(())
+    assert every[0] == "ladder"
+    assert {"zclip", "beta_switch"} < set(every)
+    assert not set(every) & set(survival_study.NEEDY)
+    assert survival_study.known_policies(("zclip", "ladder", "zclip")) == ("ladder", "zclip")
+    with pytest.raises(ValueError, match="did you mean 'zclip'"):
+        survival_study.known_policies(("zclp",))
+    with pytest.raises(ValueError, match="qk_clip needs the attention layers"):
+        survival_study.known_policies(("qk_clip",))
 
 
 @pytest.fixture
@@ -127,7 +158,7 @@ def test_a_study_comes_back(study: Study, tmp_path: Path) -> None:
     write_study(tmp_path, study)
     assert read_study(tmp_path) == study
     (tmp_path / NAME).write_text('{"schema": 7}')
-    with pytest.raises(ValueError, match="schema 7, this version reads 1"):
+    with pytest.raises(ValueError, match="schema 7, this version reads 2"):
         read_study(tmp_path)
 
 
@@ -141,7 +172,9 @@ def test_words_tables_and_page_say_what_was_lost(study: Study, tmp_path: Path) -
         assert "seed 1: ends 30.0 % above the fault-free run" in text
     assert "http" not in html
     assert "| zclip | planted | 0/1 |" in markdown(study)
-    assert markdown(study).count("\n| ") == 2 + 4 + 2 + 3
+    assert markdown(study).count("\n| ") == 2 + 4 + 2 + 3 + 3 * 2 + 2 + 1 + 1
+    assert "| planted: survived | bad |\n| --- | ---: |\n| ladder | 0/1 |\n| zclip | 0/1 |\n" in markdown(study)
+    assert 'data-testid="matrix-healthy"' in html
 
 
 def test_the_command_shows_the_record_of_its_folder(
@@ -220,9 +253,17 @@ def test_a_study_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.Mo
     """contract: a finished run is read and not trained again; a torn line and one of older code do not count."""
     jobs = [Job("bad", UNGUARDED, seed) for seed in (1, 3, 5)]
     runs = [_ended(*job[:2], 1.0, seed=job.seed, events=[Happened("skip", 1, 2, "x")]) for job in jobs]
-    code = survival_study.code_digest()
+    code = survival_study.code_digest(UNGUARDED)
     line = json.dumps(survival_study._plain(runs[0]) | {"code": code})
     old = json.dumps(survival_study._plain(runs[1]) | {"code": "older"})
     (tmp_path / survival_study.RUNS).write_text(f"{line}\n{old}\n{line[:40]}")
     assert survival_study.read_runs(tmp_path) == runs[:1]
     assert survival_study.train_missing(tmp_path, jobs[:1]) == runs[:1]
+
+
+def test_a_run_depends_on_its_own_policy() -> None:
+    """contract: of the policies a digest holds its own module and what that imports, and a bare run's none."""
+    digests = [survival_study.code_digest(name) for name in ("ladder", "zclip", "skip", UNGUARDED)]
+    assert len(set(digests)) == 4
+    assert survival_study.code_digest(UNGUARDED) == survival_study.code_digest(NUDGED)
+    assert {path.stem for path in survival_study._modules("back_off")} == {"backoff", "editor", "incident", "saved"}

@@ -3,7 +3,8 @@
 **A run** is one specimen of the zoo under one policy with one seed. It ends after as many accepted steps as the
 specimen has; a step that is skipped or taken back costs batches instead. Its *end* is the held-out loss: the median of
 16 readings, 5 steps apart (`survival_run`). A run that the guard stopped, or that used three times its steps in
-batches, did not get to its end and has not survived.
+batches, did not get to its end and has not survived. A policy that refuses a model or optimizer (one for Adam, given
+SGD) has not been tried on it.
 
 **Survived**, by kind of specimen:
 
@@ -31,7 +32,6 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from aftershock.bench.corpus import SCORING_SEEDS
 from aftershock.bench.survival_run import (
     FAULT_FREE,
     INTERVENTIONS,
@@ -47,14 +47,12 @@ PLANTED_LIMIT, HEALTHY_LIMIT = 1.02, 1.005
 
 DEFAULT = "ladder"
 """The policy that a guard has when none is given."""
-OTHERS = ("skip", "rewind_and_skip", "backtrack", "zclip", "spam", "stable_adamw", "back_off")
-"""One policy of each family, of those that do something by themselves with their own settings."""
-SAMPLE = (
-    *("slingshot", "lag_99", "edge_of_stability", "logit_growth"),
-    *("shuffled_targets", "nan_input", "rate_jump", "flipped_top_bit", "sick_rank", "lost_second_moment"),
-    *("data_mix", "short_batches", "grokking"),
-)
-"""Specimens that the others meet: each cause that a guard can treat about once, chosen by cause alone."""
+CONTROLS = {"planted": (UNGUARDED, SHIFTED), "spontaneous": (NUDGED,), "healthy": ()}
+"""Runs without a guard that are judged as a guarded one is: what a fault does to a run that nothing guards, and what a
+difference that means nothing does. A policy is worth what it has beyond these."""
+
+REFUSED = "refused: "
+"""How the reason of a run begins whose policy was nothing for its model or optimizer."""
 
 
 class Job(NamedTuple):
@@ -65,28 +63,21 @@ class Job(NamedTuple):
     seed: int
 
 
-def reduced_grid(kinds: Mapping[str, str], seeds: Sequence[int] = SCORING_SEEDS) -> list[Job]:
-    """The default policy on all of `kinds` (name: kind) with these seeds, others on a sample with half as many.
-
-    About 3,500 core-seconds for the whole zoo and five seeds: each run has its references (`survival_run`).
-    """
-    sample = tuple(name for name in SAMPLE if name in kinds)
-    jobs = full_grid(kinds, (DEFAULT,), seeds)
-    few = seeds[: max(1, len(seeds) // 2)]
-    return _once([*jobs, *full_grid({name: kinds[name] for name in sample}, OTHERS, few)])
-
-
 def full_grid(kinds: Mapping[str, str], policies: Sequence[str], seeds: Sequence[int]) -> list[Job]:
-    """Every policy on every specimen with every seed, with the runs that they are compared with."""
-    jobs = []
-    for name, kind in kinds.items():
-        references = REFERENCES_OF[kind]
-        jobs += [Job(name, one, seed) for seed in seeds for one in (*references, *policies)]
-    return _once(jobs)
+    """Every policy on every specimen (name: kind) with every seed, and the runs that they are compared with.
+
+    Seed by seed, so that a study cut short has whole seeds.
+    """
+    return [
+        Job(name, one, seed)
+        for seed in seeds
+        for name, kind in kinds.items()
+        for one in (*REFERENCES_OF[kind], *policies)
+    ]
 
 
 class Judged(NamedTuple):
-    """One guarded run against its references. Ratios are of ends; None where one of the two has none."""
+    """One run against its references. Ratios are of ends; None where one of the two has none."""
 
     specimen: str
     kind: str
@@ -106,19 +97,24 @@ class Judged(NamedTuple):
     quiet_batches: int
     """Batches on which an intervention is false."""
     stopped: bool
+    refused: bool
+    """The policy said that this model or optimizer is nothing for it: such a run was not tried."""
     reason: str
     """Of a run that did not survive: why."""
 
 
 def judge(runs: Iterable[Ended], *, kinds: Mapping[str, str], onsets: Mapping[str, int | None]) -> list[Judged]:
-    """The guarded runs of `runs`, judged by the definitions above. Raises ValueError when a reference is missing."""
+    """The guarded runs of `runs` and the `CONTROLS`, judged by the definitions above.
+
+    Raises ValueError when a reference is missing.
+    """
     by_job = {Job(run.specimen, run.policy, run.seed): run for run in runs}
     noise = _noise(by_job)
     found = []
     for job, run in by_job.items():
-        if job.policy in REFERENCES:
-            continue
         kind = kinds[job.specimen]
+        if job.policy in REFERENCES and job.policy not in CONTROLS[kind]:
+            continue
         needed = REFERENCES_OF[kind]
         references = {}
         for name in needed:
@@ -147,6 +143,7 @@ def _judged(run: Ended, kind: str, onset: int | None, references: Mapping[str, E
     to_unguarded, to_twin = _ratio(end, unguarded), _ratio(end, twin)
     did = sum(run.counts.get(name, 0) for name in INTERVENTIONS)
     wrong = _why(run, kind, to_unguarded, to_twin, PLANTED_LIMIT)
+    refused = run.stopped is not None and run.stopped.startswith(REFUSED)
     allowed = _why(run, kind, to_unguarded, to_twin, max(PLANTED_LIMIT, noise))
     return Judged(
         specimen=run.specimen,
@@ -164,7 +161,8 @@ def _judged(run: Ended, kind: str, onset: int | None, references: Mapping[str, E
         interventions=did,
         false=did if kind == "healthy" else run.early,
         quiet_batches=run.batches if kind == "healthy" else min(onset or 0, run.batches),
-        stopped=run.stopped is not None,
+        stopped=run.stopped is not None and not refused,
+        refused=refused,
         reason=wrong,
     )
 
@@ -199,9 +197,13 @@ def _percent(ratio: float | None) -> str:
 
 
 class Summary(NamedTuple):
-    """Runs of one policy, of one specimen, one kind, or all. Medians are over the runs that have a value."""
+    """Runs of one policy, of one specimen, one kind, or all. Medians are over the runs that have a value.
+
+    `runs` are those that were tried; those that the policy `refused` count nowhere else.
+    """
 
     runs: int
+    refused: int
     survived: int
     but_for_noise: int
     stopped: int
@@ -226,26 +228,24 @@ def summary(runs: Sequence[Judged]) -> Summary:
     """The figures of some guarded runs. Raises ValueError when there are none."""
     if not runs:
         raise ValueError("no run to sum up; train some first")
-    decides = [run.to_fault_free if run.kind == "planted" else run.to_unguarded for run in runs]
+    tried = [run for run in runs if not run.refused]
+    decides = [run.to_fault_free if run.kind == "planted" else run.to_unguarded for run in tried]
     return Summary(
-        runs=len(runs),
-        survived=sum(run.survived for run in runs),
-        but_for_noise=sum(run.but_for_noise for run in runs),
-        stopped=sum(run.stopped for run in runs),
-        to_unguarded=_median(run.to_unguarded for run in runs),
-        to_fault_free=_median(run.to_fault_free for run in runs),
+        runs=len(tried),
+        refused=len(runs) - len(tried),
+        survived=sum(run.survived for run in tried),
+        but_for_noise=sum(run.but_for_noise for run in tried),
+        stopped=sum(run.stopped for run in tried),
+        to_unguarded=_median(run.to_unguarded for run in tried),
+        to_fault_free=_median(run.to_fault_free for run in tried),
         worst=max((ratio for ratio in decides if ratio is not None), default=None),
-        lost=statistics.fmean(run.lost for run in runs),
-        interventions=statistics.fmean(run.interventions for run in runs),
-        false=sum(run.false for run in runs),
-        quiet_batches=sum(run.quiet_batches for run in runs),
+        lost=statistics.fmean(run.lost for run in tried) if tried else 0.0,
+        interventions=statistics.fmean(run.interventions for run in tried) if tried else 0.0,
+        false=sum(run.false for run in tried),
+        quiet_batches=sum(run.quiet_batches for run in tried),
     )
 
 
 def _median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None and math.isfinite(value)]
     return statistics.median(known) if known else None
-
-
-def _once(jobs: Iterable[Job]) -> list[Job]:
-    return list(dict.fromkeys(jobs))

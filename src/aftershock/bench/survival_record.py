@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from aftershock.bench.records import fields_of, from_file, rounded, to_file
 from aftershock.bench.survival import DEFAULT, Judged, Summary, summary
+from aftershock.bench.survival_run import REFERENCES
 
 NAME = "guard.json"
-SCHEMA = 1
+SCHEMA = 2
 ALL = "all"
 KINDS = ("planted", "spontaneous", "healthy")
 
@@ -50,9 +51,9 @@ class Study(NamedTuple):
 
 
 def rows_of(runs: Sequence[Judged], *, scoring: Sequence[int]) -> list[Row]:
-    """Rows by policy (the default first), half, kind and specimen, those over all of a kind first."""
+    """Rows by policy (the default first, controls last), half, kind and specimen, those over all of a kind first."""
     rows = []
-    policies = sorted({run.policy for run in runs}, key=lambda name: (name != DEFAULT, name))
+    policies = sorted({run.policy for run in runs}, key=lambda name: (name in REFERENCES, name != DEFAULT, name))
     for policy in policies:
         for half in ("scoring", "tuning"):
             own = [run for run in runs if run.policy == policy and (run.seed in scoring) == (half == "scoring")]
@@ -70,7 +71,8 @@ def _row(policy: str, kind: str, specimen: str, half: str, runs: Sequence[Judged
     figures = summary(runs)
     values = figures._asdict()
     plain: dict[str, Any] = {name: rounded(v) if isinstance(v, float) else v for name, v in values.items()}
-    lost = [f"seed {run.seed}: {run.reason}" for run in runs if not run.survived] if specimen != ALL else []
+    failed = [run for run in runs if not (run.survived or run.refused)]
+    lost = [f"seed {run.seed}: {run.reason}" for run in failed] if specimen != ALL else []
     return Row(policy, kind, specimen, half, Summary(**plain), lost[:3])
 
 

@@ -29,6 +29,8 @@ spikes by itself. It is the sham of every remedy."""
 REFERENCES = (UNGUARDED, FAULT_FREE, SHIFTED, NUDGED)
 REFERENCES_OF = {"planted": REFERENCES[:3], "spontaneous": (UNGUARDED, NUDGED), "healthy": (UNGUARDED,)}
 """The runs that a guarded one is compared with, by kind of specimen."""
+SETTINGS: Mapping[str, Mapping[str, Any]] = {"beta_switch": {"beta2": 0.9}, "eps_switch": {"eps": 1e-6}}
+"""Of the policies that say nothing of how much; each other has its own defaults."""
 INTERVENTIONS = ("skip", "scale_lr", "rewind", "stop", "policy")
 """Events by which the guard changed the run."""
 TAIL = 20

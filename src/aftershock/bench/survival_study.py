@@ -6,17 +6,20 @@ Must not import torch at the top: workers do.
 
 from __future__ import annotations
 
+import ast
 import datetime
+import gc
 import hashlib
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterable, Sequence
 from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
 from aftershock.bench.corpus import SCORING_SEEDS, TUNING_SEEDS, Progress
-from aftershock.bench.survival import DEFAULT, Job, full_grid, judge, reduced_grid
+from aftershock.bench.survival import DEFAULT, Job, full_grid, judge
 from aftershock.bench.survival_record import Study, rows_of
-from aftershock.bench.survival_run import Ended, Happened, train
+from aftershock.bench.survival_run import REFERENCES, SETTINGS, Ended, Happened, train
 from aftershock.config import nearest
 from aftershock.lab.workers import worker_pool
 from aftershock.store.environment import describe_environment
@@ -25,10 +28,15 @@ from aftershock.store.folder import JsonLines, disk_errors, read_lines, to_json
 RUNS = "guard-runs.jsonl"
 COMMAND = "aftershock bench guard --rerun"
 ROOMS = ("guard", "lab/zoo", "signals/detect")
-"""What a run depends on, and `bench/survival_run.py`; a line that was written with other code is not used."""
+"""What a guarded run depends on, and `bench/survival_run.py`; a line that was written with other code is not used."""
 
-NEEDY = ("chain", "qk_clip", "beta_switch", "eps_switch", "zloss_switch", "precision_switch")
-"""Policies that cannot be made without settings."""
+NEEDY = {
+    "qk_clip": "the attention layers of a model",
+    "zloss_switch": "a loss that reads its dial",
+    "precision_switch": "a loop that changes its precision",
+    "chain": "policies to chain",
+}
+"""Policies that need a part of the user's own, and what."""
 
 
 def run_study(
@@ -37,13 +45,14 @@ def run_study(
     specimens: Sequence[str] = (),
     policies: Sequence[str] = (),
     seeds: int | None = None,
+    other_seeds: int | None = None,
     processes: int = 2,
     on_progress: Progress | None = None,
 ) -> Study:
     """Train what is missing of the grid in `folder`, judge it, and sum it up.
 
-    Without `policies` the reduced grid (see `survival`); else each of them ("all": every one that needs no settings) on
-    each specimen; both with the first `seeds` (5) seeds, scoring ones before the others.
+    Each policy (without `policies` every one that can be had without a part of the user's own) on each specimen with
+    the first `seeds` (5) seeds, scoring ones before the others; all but the default with the first `other_seeds`.
 
     Raises ValueError on an unknown name and on a number of seeds that is not 1 to 10, before anything is trained.
     """
@@ -52,7 +61,10 @@ def run_study(
     chosen = [specimen(name) for name in (specimens or tuple(ZOO))]
     kinds = {one.name: one.kind for one in chosen}
     drawn = _first(5 if seeds is None else seeds)
-    jobs = full_grid(kinds, known_policies(policies), drawn) if policies else reduced_grid(kinds, drawn)
+    few = drawn if other_seeds is None else _first(other_seeds)
+    named = known_policies(policies)
+    rest = tuple(name for name in named if name != DEFAULT)
+    jobs = list(dict.fromkeys([*full_grid(kinds, named[: DEFAULT in named], drawn), *full_grid(kinds, rest, few)]))
     runs = train_missing(folder, jobs, processes=processes, on_progress=on_progress)
     judged = judge(runs, kinds=kinds, onsets={one.name: one.onset for one in chosen})
     here = describe_environment()
@@ -61,7 +73,7 @@ def run_study(
         scoring_seeds=sorted({job.seed for job in jobs if job.seed in SCORING_SEEDS}),
         tuning_seeds=sorted({job.seed for job in jobs if job.seed in TUNING_SEEDS}),
         core_seconds=round(sum(run.seconds for run in runs)),
-        code=code_digest(),
+        code=_joined(code_digest(policy) for policy in named),
         versions={name: version for name, version in here["versions"].items() if version is not None},
         machine={key: here[key] for key in ("platform", "cpu", "cores", "python")},
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -70,24 +82,23 @@ def run_study(
                 COMMAND,
                 *(("--policies", *policies) if policies else ()),
                 *(() if seeds is None else ("--seeds", str(seeds))),
+                *(() if other_seeds is None else ("--other-seeds", str(other_seeds))),
             ]
         ),
     )
 
 
 def known_policies(names: Sequence[str]) -> tuple[str, ...]:
-    """The policies meant by `names`. Raises ValueError for one that there is not, or that cannot stand alone."""
+    """The policies meant by `names`, the default first. Raises ValueError for one that there is not, or is needy."""
     from aftershock.guard.policies import POLICIES
 
-    if not names:
-        return (DEFAULT,)
     able = tuple(name for name in POLICIES if name not in NEEDY)
-    for name in () if tuple(names) == ("all",) else names:
+    for name in names:
         if name in NEEDY:
-            raise ValueError(f"policy {name} needs settings of its own; the study runs those that need none")
+            raise ValueError(f"policy {name} needs {NEEDY[name]}; the study runs those that need nothing of the sort")
         if name not in POLICIES:
             raise ValueError(f"unknown policy {name!r}{nearest(name, able)}")
-    return able if tuple(names) == ("all",) else tuple(names)
+    return tuple(sorted(dict.fromkeys(names or able), key=lambda name: name != DEFAULT))
 
 
 def train_missing(
@@ -102,7 +113,7 @@ def train_missing(
     if on_progress is not None:
         on_progress(total - len(missing), total)
     if missing:
-        code = code_digest()
+        codes = {policy: code_digest(policy) for policy in {job.policy for job in missing}}
         lines = JsonLines(folder / RUNS)
         try:
             with worker_pool(processes) as pool:
@@ -110,7 +121,7 @@ def train_missing(
                 for number, future in enumerate(as_completed(futures), total - len(missing) + 1):
                     run = future.result()
                     done[futures[future]] = run
-                    lines.append((to_json(_plain(run) | {"code": code}) + "\n").encode())
+                    lines.append((to_json(_plain(run) | {"code": codes[run.policy]}) + "\n").encode())
                     if on_progress is not None:
                         on_progress(number, total)
             lines.sync()
@@ -121,20 +132,47 @@ def train_missing(
 
 def read_runs(folder: Path) -> list[Ended]:
     """The runs on file that were trained with the code as it is now."""
-    path, code = folder / RUNS, code_digest()
+    path = folder / RUNS
     if not path.is_file():
         return []
-    return [_run(line) for line in read_lines(path.read_bytes(), str(path)) if line.pop("code", None) == code]
+    lines = read_lines(path.read_bytes(), str(path))
+    codes = {policy: code_digest(policy) for policy in {str(line["policy"]) for line in lines}}
+    return [_run(line) for line in lines if line.pop("code", None) == codes[line["policy"]]]
 
 
-def code_digest() -> str:
-    """Of the sources that a run depends on: two runs with one digest are comparable."""
+def code_digest(policy: str) -> str:
+    """Of the sources that a run under `policy` depends on: two runs of it with one digest are comparable.
+
+    Of the policies only its own module and what that imports of the others, and no guard where a run has none.
+    """
     package = Path(__file__).resolve().parents[1]
-    files = [path for room in ROOMS for path in sorted((package / room).rglob("*.py"))]
+    own = _modules(policy)
+    rooms = ("lab/zoo",) if policy in REFERENCES else ROOMS
+    files = [path for room in rooms for path in sorted((package / room).rglob("*.py"))]
+    kept = [path for path in files if path.parent.name != "policies" or path in own]
     digest = hashlib.sha256()
-    for path in [*files, package / "bench" / "survival_run.py"]:
+    for path in [*kept, package / "bench" / "survival_run.py"]:
         digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def _modules(policy: str) -> set[Path]:
+    """The files of a policy: its module and those of the same room that it imports."""
+    from aftershock.guard.policies import POLICIES
+
+    todo = [] if policy not in POLICIES else [Path(inspect.getfile(POLICIES[policy])).resolve()]
+    found: set[Path] = set()
+    while todo:
+        path = todo.pop()
+        found.add(path)
+        nodes = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ImportFrom)]
+        names = [str(node.module) for node in nodes if str(node.module).startswith("aftershock.guard.policies.")]
+        todo += [new for name in names if (new := path.with_name(f"{name.rpartition('.')[2]}.py")) not in found]
+    return found
+
+
+def _joined(digests: Iterable[str]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
 def _first(count: int) -> tuple[int, ...]:
@@ -145,10 +183,15 @@ def _first(count: int) -> tuple[int, ...]:
 
 
 def _train(job: Job) -> Ended:
-    """In a worker: one run."""
+    """In a worker: one run. Python's collector waits for its end: within a run it finds nothing and takes 5 %."""
     from aftershock.lab.zoo.registry import specimen
 
-    return train(specimen(job.specimen), policy=job.policy, seed=job.seed)
+    gc.disable()
+    try:
+        return train(specimen(job.specimen), policy=job.policy, seed=job.seed, settings=SETTINGS.get(job.policy))
+    finally:
+        gc.enable()
+        gc.collect()
 
 
 def _plain(run: Ended) -> dict[str, Any]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from aftershock.bench.survival import DEFAULT
-from aftershock.bench.survival_record import ALL, Row, Study
+from aftershock.bench.survival_record import ALL, KINDS, Row, Study
 from aftershock.store.console import wide_console
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-COLUMNS = ("survived", "but for noise", "stopped", "to fault-free", "to unguarded", "worst", "lost", "false")
+COLUMNS = ("survived", "but for noise", "stopped", "refused", "to fault-free", "to unguarded", "worst", "lost", "false")
 
 
 def headline(study: Study) -> str:
@@ -55,15 +55,49 @@ def cells(row: Row) -> list[str]:
     """The figures of a row as the tables show them, in the order of `COLUMNS`."""
     f = row.figures
     return [
-        f"{f.survived}/{f.runs}",
-        f"{f.but_for_noise}/{f.runs}",
+        _share(f.survived, f.runs),
+        _share(f.but_for_noise, f.runs),
         str(f.stopped),
+        str(f.refused),
         percent(f.to_fault_free),
         percent(f.to_unguarded),
         percent(f.worst),
         f"{f.lost:.0f}",
         "-" if f.false_rate is None else f"{f.false} ({f.false_rate:.1f})",
     ]
+
+
+def _share(count: int, runs: int) -> str:
+    return f"{count}/{runs}" if runs else "-"
+
+
+class Matrix(NamedTuple):
+    """Of one kind: a line for each policy, of its rows by specimen; None where it was not tried."""
+
+    kind: str
+    specimens: list[str]
+    lines: list[tuple[str, list[Row | None]]]
+
+
+def matrices(study: Study) -> list[Matrix]:
+    """Every policy on every specimen that it was tried on, by kind."""
+    found = []
+    for kind in KINDS:
+        own = [row for row in study.rows if row.kind == kind and row.half == "scoring" and row.specimen != ALL]
+        by_place = {(row.policy, row.specimen): row for row in own if row.figures.runs}
+        specimens = list(dict.fromkeys(row.specimen for row in own))
+        lines = [
+            (policy, [by_place.get((policy, name)) for name in specimens])
+            for policy in policies_of(study)
+            if any(row.policy == policy for row in own)
+        ]
+        found.append(Matrix(kind, specimens, lines))
+    return [matrix for matrix in found if matrix.lines]
+
+
+def survived(row: Row | None) -> str:
+    """A cell of the matrix: how many of how many."""
+    return "-" if row is None else _share(row.figures.survived, row.figures.runs)
 
 
 def percent(ratio: float | None) -> str:
@@ -78,22 +112,31 @@ def legend(study: Study) -> str:
         "the unguarded one; healthy: 0.5 % above it); but for noise: or above the fault-free run by no more than two "
         "fault-free runs of other data order differ; to fault-free, to unguarded: median end against those runs; "
         "worst: the largest against the one that decides; lost: mean batches that became no step; false: interventions "
-        "where there was no fault (per 10,000 batches). "
+        "where there was no fault (per 10,000 batches); refused: runs that the policy is nothing for, which count "
+        "nowhere else. Controls, without a guard: unguarded; fault_free_shifted, a fault-free run that leaves out "
+        "three batches; unguarded_nudged, an unguarded run whose weights began one unit in the last place off. "
         f"Seeds {', '.join(map(str, study.scoring_seeds))}; {study.core_seconds / 60:.0f} core-minutes in all. "
         "All precise definitions: bench/survival.py."
     )
 
 
 def markdown(study: Study) -> str:
-    """The docs' tables: policies, then the default policy by specimen."""
+    """The docs' tables: policies, the default policy by specimen, and every policy on every specimen."""
     lines = [headline(study), "", _head("policy", "specimens"), _rule(2)]
     for policy in policies_of(study):
-        for kind in ("planted", "spontaneous", "healthy"):
+        for kind in KINDS:
             row = total(study, policy, kind)
             if row is not None:
                 lines.append(_line(policy, kind, *cells(row)))
     lines += ["", _head("specimen", "kind"), _rule(2)]
     lines += [_line(row.specimen, row.kind, *cells(row)) for row in specimens_of(study, DEFAULT)]
+    for matrix in matrices(study):
+        lines += [
+            "",
+            _line(f"{matrix.kind}: survived", *matrix.specimens),
+            _line("---", *["---:"] * len(matrix.specimens)),
+        ]
+        lines += [_line(policy, *map(survived, rows)) for policy, rows in matrix.lines]
     return "\n".join([*lines, "", legend(study)]) + "\n"
 
 
@@ -119,7 +162,7 @@ def print_study(study: Study, *, console: Console | None = None) -> None:
     by_policy = [
         (policy, kind, row)
         for policy in policies_of(study)
-        for kind in ("planted", "spontaneous", "healthy")
+        for kind in KINDS
         if (row := total(study, policy, kind)) is not None
     ]
     own = specimens_of(study, DEFAULT)

@@ -37,6 +37,8 @@ def render_survival(study: Study) -> str:
         policies=_by_policy(study),
         specimens=table.specimens_of(study, DEFAULT),
         other_half=table.specimens_of(study, DEFAULT, half="tuning"),
+        matrices=table.matrices(study),
+        survived=table.survived,
         default=DEFAULT,
         json=paper.embedded(study_json(study)),
         version=__version__,

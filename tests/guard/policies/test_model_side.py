@@ -253,6 +253,10 @@ def test_eps_switch_per_group_and_when_gradients_near_it(kit: Any) -> None:
     assert [group["eps"] for group in loop.optimizer.param_groups] == [1e-15, 1e-8]
     with pytest.raises(ValueError, match="part of a parameter group"):
         kit.Loop().run(EpsSwitch(eps=1e-6, names=("embed*",), at=0), 1)
+    loop.optimizer = torch.optim.SGD(loop.model.parameters(), lr=1e-2)
+    for switch in (EpsSwitch(eps=1e-6, at=0), EpsSwitch(eps=1e-15, below=10.0)):
+        with pytest.raises(ValueError, match="SGD has no eps"):
+            loop.run(switch, 1)
 
 
 def test_decay_switch_in_a_shared_group_equals_a_group_of_its_own(kit: Any) -> None:

@@ -60,16 +60,16 @@ class Ladder(Policy):
        alarms (`patience` quiet batches end a run). A gradient that stays high while the loss is calm has damaged
        nothing: its steps are taken.
     3. The update grows `least_jump`-fold after the step and the gradient was quiet: the weights have moved: rewind at
-       once. If the rate had grown as much, then after a second failure it may only double every `DOUBLE_STEPS` steps,
-       in place of what case 5 does to the rates.
+       once.
     4. A batch that is bad right after a rewind shows that it is the data: up to `max_fresh` of them are skipped, 30
        that are not finite.
-    5. A second failure before the run got `place` steps beyond the first: further back, twice the skipped range, rates
-       times `lr_factor` (in case 3 at most 1 / the factor by which rate or update jumped) up to `lr_steps` steps after
-       the failure, re-warmed over `rewarm`. Failure number `attempts` at one place: with `exhausted="stop"` the end.
-       With "ride" a state that is finite goes on at that rate, and for `place` steps only case 1 acts.
-    6. More than `rewinds` rewinds of a finite state within `per` steps: it is the nature of this run, which going back
-       does not cure: for `per` steps only case 1 acts.
+    5. A second failure before the run got `place` steps beyond the first: further back, twice the skipped range. Not
+       finite again: rates times `lr_factor` up to `lr_steps` steps after the failure, re-warmed over `rewarm`. In case
+       3 with a rate that grew as much: from then on it may only double every `DOUBLE_STEPS` steps. No other second
+       failure slows the run: a lower rate only puts such a spike off.
+    6. Failure number `attempts` at one place, or more than `rewinds` rewinds within `per` steps: a finite state is let
+       go on (failures at one place: with `exhausted="stop"` it ends): spikes are the nature of this run, which going
+       back does not cure. For `per` steps only case 1 acts, at `riding_factor` times the rate. A broken state ends it.
     For `cooldown` steps after a rewind only case 1 acts, and values `extreme` times their usual median.
     With `dry_run` every decision becomes a `Continue` with the reason. Loss alone never rewinds for a shift or drift.
 
@@ -94,6 +94,7 @@ class Ladder(Policy):
     max_fresh: int = 200
     rewinds: int = 3
     per: int = 1000
+    riding_factor: float = 1.0
     exhausted: Literal["ride", "stop"] = "ride"
     dry_run: bool = False
 
@@ -232,23 +233,26 @@ class Ladder(Policy):
         if not seen.healthy:
             return self._stuck(seen, reason)
         broken = not is_finite(seen) or seen.verdicts.get("update_norm") == "nonfinite"
+        rate_grew = jump > 1 and seen.lr >= self.least_jump * self._usual("lr")
         place = self._place.failed(seen.step, reach=self.place)
-        factor = min(self.lr_factor, 1 / jump)
         if place.failures >= self.attempts:
             self._place = place
+            reason = f"{reason}; failure {place.failures} at one place (step {seen.step})"
             if broken or self.exhausted == "stop":
-                return self._said(Stop(f"{reason}; failure {place.failures} at one place (step {seen.step})"), seen)
-            self._ride(seen, self.place)
-            what = f"{reason}; failure {place.failures} at one place: going back does not help, riding it out"
-            return self._said(ScaleLR(factor, self.lr_steps, self.rewarm, what), seen)
+                return self._said(Stop(reason), seen)
+            return self._ride(seen, f"{reason}: going back does not help", 1 / jump if rate_grew else 1.0)
         self._rewound = [step for step in self._rewound if seen.step - step < self.per]
         if not broken and len(self._rewound) >= self.rewinds:
-            self._ride(seen, self.per)
-            return Continue(f"{reason}; {self.rewinds} rewinds within {self.per} steps: this run spikes, riding it out")
+            return self._ride(seen, f"{reason}; {self.rewinds} rewinds within {self.per} steps", 1.0)
         self._rewound.append(seen.step)
-        return self._said(self._rewind(seen, place, reason, margin=margin, factor=factor, jump=jump), seen)
+        rewind = self._rewind(seen, place, reason, margin=margin)
+        if place.failures > 1 and rate_grew:
+            self._cap = Cap(self._usual("lr"), 0, seen.step + self.place)
+        if place.failures > 1 and broken:
+            rewind = self._slower(rewind, seen)
+        return self._said(rewind, seen)
 
-    def _rewind(self, seen: Seen, place: Place, reason: str, *, margin: int, factor: float, jump: float) -> Rewind:
+    def _rewind(self, seen: Seen, place: Place, reason: str, *, margin: int) -> Rewind:
         again = place.failures > 1
         step, batch = self._alarms.onset or (seen.step, seen.batch_id)
         # Further back means strictly before the last target, which did not help.
@@ -258,17 +262,14 @@ class Ladder(Policy):
         if again:
             length = max(length, 2 * max(length, place.skipped))
         self._place = place._replace(target=target, skipped=length)
-        usual_rate = self._usual("lr")
         self._fresh = Fresh(target, 0, self._bar(seen, target))
-        rewind = Rewind(target, (batch, batch + length), f"{reason}; onset at step {step}")
-        if not again:
-            return rewind
-        if jump > 1 and seen.lr >= self.least_jump * usual_rate:
-            self._cap = Cap(usual_rate, 0, seen.step + self.place)
-            return rewind  # the cap is slow enough: the rates need no factor besides
-        slow = self.lr_steps + max(0, seen.step - target)
-        self._slow_until = target + slow + self.rewarm
-        return rewind._replace(lr_factor=factor, lr_steps=slow, rewarm=self.rewarm)
+        return Rewind(target, (batch, batch + length), f"{reason}; onset at step {step}")
+
+    def _slower(self, rewind: Rewind, seen: Seen) -> Rewind:
+        """Until `lr_steps` beyond the step at which it broke again."""
+        slow = self.lr_steps + max(0, seen.step - rewind.to_step)
+        self._slow_until = rewind.to_step + slow + self.rewarm
+        return rewind._replace(lr_factor=self.lr_factor, lr_steps=slow, rewarm=self.rewarm)
 
     def _bar(self, seen: Seen, target: int) -> float:
         """Half way from the loss that the snapshot had to the one that is bad; infinite where it is no higher."""
@@ -278,9 +279,14 @@ class Ladder(Policy):
         expected = statistics.median(then)
         return (expected + seen.loss) / 2 if expected < seen.loss else math.inf
 
-    def _ride(self, seen: Seen, steps: int) -> None:
-        self._run, self._ride_until = 0, seen.step + steps
-        self._slow_until = max(self._slow_until, seen.step + self.lr_steps + self.rewarm)
+    def _ride(self, seen: Seen, reason: str, least: float) -> Action:
+        """It is the nature of this run: on it goes, for `per` steps, at no more than `least` times the rate."""
+        self._run, self._ride_until = 0, seen.step + self.per
+        factor, what = min(self.riding_factor, least), f"{reason}: this run spikes, riding it out"
+        if factor == 1:
+            return Continue(what)
+        self._slow_until = max(self._slow_until, seen.step + self.per + self.rewarm)
+        return self._said(ScaleLR(factor, self.per, self.rewarm, what), seen)
 
     def _capped(self, seen: Seen) -> Action:
         """After a rate fault that came back the rate may rise, but no faster than weights can follow."""

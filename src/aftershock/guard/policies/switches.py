@@ -124,6 +124,7 @@ class EpsSwitch(Switch):
     def is_due(self, seen: Seen, live: Live) -> bool:
         if not self.below:
             return _is_due(self.at, seen)
+        _require_eps(live.optimizer)
         if not is_finite(seen):
             return False
         now = gradients(live, names=match(self.names, live.params, what="parameter"))
@@ -135,6 +136,7 @@ class EpsSwitch(Switch):
         return False
 
     def turn(self, live: Live, *, again: bool) -> str:
+        _require_eps(live.optimizer)
         chosen = [live.params[name] for name in match(self.names, live.params, what="parameter")]
         told = ""
         for group in live.optimizer.param_groups:
@@ -147,6 +149,11 @@ class EpsSwitch(Switch):
                 told = f"eps {group['eps']:g} -> {self.eps:g}" + (" (a restore had undone it)" if again else "")
                 group["eps"] = self.eps
         return told
+
+
+def _require_eps(optimizer: torch.optim.Optimizer) -> None:
+    if any("eps" not in group for group in optimizer.param_groups):
+        raise ValueError(f"EpsSwitch: {type(optimizer).__name__} has no eps")
 
 
 @dataclass(kw_only=True, eq=False)
