@@ -51,6 +51,13 @@ CONTROLS = {"planted": (UNGUARDED, SHIFTED), "spontaneous": (NUDGED,), "healthy"
 """Runs without a guard that are judged as a guarded one is: what a fault does to a run that nothing guards, and what a
 difference that means nothing does. A policy is worth what it has beyond these."""
 
+DECIDERS = ("skip", "rewind_and_skip", "backtrack", "back_off", "ratio_back_off")
+"""Policies that touch nothing but themselves: they can be asked first, and part when the answer is an action."""
+LATE = ("momentum_reset", "beta_switch", "eps_switch", "decay_switch")
+"""Those that touch the optimizer, but not before an alarm: they part at the first verdict, before they are asked."""
+SHARING = (*DECIDERS, *LATE)
+"""Policies whose runs can share their beginning (`survival_shared`). The default is none of them: a policy that never
+edits lets the guard take another way through its step."""
 REFUSED = "refused: "
 """How the reason of a run begins whose policy was nothing for its model or optimizer."""
 

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from aftershock.guard.policy import Policy
     from aftershock.lab.zoo.specimen import Specimen, Trial
     from aftershock.workload import Workload
 
@@ -78,9 +79,14 @@ class Ended(NamedTuple):
 
 
 def train(
-    specimen: Specimen, *, policy: str, seed: int, settings: Mapping[str, Any] | None = None, steps: int | None = None
+    specimen: Specimen,
+    *,
+    policy: str | Policy,
+    seed: int,
+    settings: Mapping[str, Any] | None = None,
+    steps: int | None = None,
 ) -> Ended:
-    """Train a specimen under `policy` (a name of `POLICIES` or of `REFERENCES`) with `settings` of it.
+    """Train a specimen under `policy` (a name of `POLICIES` with `settings` of it, one of `REFERENCES`, or a policy).
 
     Random numbers are torch's, started at `seed` and put back. Raises ValueError for an unknown policy or setting.
 
@@ -101,8 +107,11 @@ def train(
             shift = SHIFT if policy == SHIFTED else 0
             _plain(trial, end, lambda step: step + shift * (specimen.onset is not None and step >= specimen.onset))
         else:
-            _guarded(trial, end, policy, settings or {})
-    return end.result(specimen.name, policy, seed, time.monotonic() - began)
+            from aftershock.guard.policies import policy as policy_of
+
+            _guarded(trial, end, policy_of(policy, **settings or {}) if isinstance(policy, str) else policy)
+    name = policy if isinstance(policy, str) else type(policy).__name__
+    return end.result(specimen.name, name, seed, time.monotonic() - began)
 
 
 def _plain(trial: Trial, end: _End, batch_of: Callable[[int], int]) -> None:
@@ -128,9 +137,8 @@ def _nudge(workload: Workload) -> None:
             parameter.copy_(torch.nextafter(parameter, torch.full_like(parameter, math.inf)))
 
 
-def _guarded(trial: Trial, end: _End, policy: str, settings: Mapping[str, Any]) -> None:
+def _guarded(trial: Trial, end: _End, policy: Policy) -> None:
     from aftershock.guard.guard import Guard
-    from aftershock.guard.policies import policy as policy_of
 
     workload = trial.workload
     with (
@@ -140,7 +148,7 @@ def _guarded(trial: Trial, end: _End, policy: str, settings: Mapping[str, Any]) 
             workload.optimizer,
             scheduler=workload.scheduler,
             clip_norm=workload.clip_norm,
-            policy=policy_of(policy, **settings),
+            policy=policy,
             mirror=end.happened,
         ) as guard,
     ):

@@ -11,13 +11,14 @@ import datetime
 import gc
 import hashlib
 import inspect
+import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
 from aftershock.bench.corpus import SCORING_SEEDS, TUNING_SEEDS, Progress
-from aftershock.bench.survival import DEFAULT, Job, full_grid, judge
+from aftershock.bench.survival import DEFAULT, SHARING, Job, full_grid, judge
 from aftershock.bench.survival_record import Study, rows_of
 from aftershock.bench.survival_run import REFERENCES, SETTINGS, Ended, Happened, train
 from aftershock.config import nearest
@@ -117,13 +118,13 @@ def train_missing(
         lines = JsonLines(folder / RUNS)
         try:
             with worker_pool(processes) as pool:
-                futures = {pool.submit(_train, job): job for job in missing}
-                for number, future in enumerate(as_completed(futures), total - len(missing) + 1):
-                    run = future.result()
-                    done[futures[future]] = run
-                    lines.append((to_json(_plain(run) | {"code": codes[run.policy]}) + "\n").encode())
+                futures = [pool.submit(_train, jobs) for jobs in _together(missing)]
+                for future in as_completed(futures):
+                    for run in future.result():
+                        done[Job(run.specimen, run.policy, run.seed)] = run
+                        lines.append((to_json(_plain(run) | {"code": codes[run.policy]}) + "\n").encode())
                     if on_progress is not None:
-                        on_progress(number, total)
+                        on_progress(sum(job in done for job in jobs), total)
             lines.sync()
         finally:
             lines.close()
@@ -182,13 +183,26 @@ def _first(count: int) -> tuple[int, ...]:
     return seeds[:count]
 
 
-def _train(job: Job) -> Ended:
-    """In a worker: one run. Python's collector waits for its end: within a run it finds nothing and takes 5 %."""
+def _together(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Jobs that can share the beginning of their runs in one list, in the order of their first."""
+    found: dict[Job, list[Job]] = {}
+    for job in jobs:
+        shares = job.policy in SHARING and hasattr(os, "fork")
+        found.setdefault(job._replace(policy=SHARING[0]) if shares else job, []).append(job)
+    return list(found.values())
+
+
+def _train(jobs: Sequence[Job]) -> list[Ended]:
+    """In a worker. Python's collector waits for the end: within a run it finds nothing and takes 5 %."""
+    from aftershock.bench.survival_shared import train_together
     from aftershock.lab.zoo.registry import specimen
 
+    one, seed = specimen(jobs[0].specimen), jobs[0].seed
     gc.disable()
     try:
-        return train(specimen(job.specimen), policy=job.policy, seed=job.seed, settings=SETTINGS.get(job.policy))
+        if len(jobs) > 1:
+            return train_together(one, [job.policy for job in jobs], seed)
+        return [train(one, policy=job.policy, seed=seed, settings=SETTINGS.get(job.policy)) for job in jobs]
     finally:
         gc.enable()
         gc.collect()
