@@ -315,7 +315,9 @@ def test_round_trip_in_the_middle_of_an_incident() -> None:
         assert copy.state_dict() == ladder.state_dict()
 
 
-@pytest.mark.parametrize("settings", [{"probe": 0}, {"lr_factor": 0.0}, {"extreme": math.nan}, {"margin": -1}])
+@pytest.mark.parametrize(
+    "settings", [{"probe": 0}, {"lr_factor": 0.0}, {"riding_factor": 1.5}, {"extreme": math.nan}, {"margin": -1}]
+)
 def test_settings_are_checked(settings: dict) -> None:
     """contract."""
     with pytest.raises(ValueError, match=next(iter(settings))):

@@ -1,4 +1,4 @@
-"""The default policy: probe by skipping, rewind when the state is damaged, rewind further and slower, ride it out.
+"""The default policy: probe by skipping, rewind when the state is damaged, rewind further, ride it out.
 
 Policy M15 of the escalation ladders in public trainers, with the onset taken from the first lead signal. It edits
 neither gradients nor weights. Must not import the guard.
@@ -51,7 +51,7 @@ class Cap(NamedTuple):
 
 @dataclass(kw_only=True, eq=False)
 class Ladder(Policy):
-    """Skips a bad batch, rewinds a damaged state, goes further back and slower if it fails again, then rides it out.
+    """Skips a bad batch, rewinds a damaged state, goes further back if it fails again, then rides it out.
 
     1. Loss or gradient not finite: the step is skipped; `max_skips` in a row: rewind to the last healthy snapshot.
     2. Loss or gradient norm spikes before the step (a gradient alone: `alone` times its usual median): the step is
@@ -114,8 +114,9 @@ class Ladder(Policy):
         require(self, max_skips=1, probe=1, patience=1, attempts=1, extreme=1)
         require(self, margin=0, place=0, cooldown=0, lr_factor=0, lr_steps=0, rewarm=0)
         require(self, alone=1, least_jump=1, max_fresh=0, rewinds=1, per=1)
-        if not 0 < self.lr_factor <= 1:
-            raise ValueError(f"Ladder: lr_factor must lie in (0, 1], got {self.lr_factor}")
+        for name in ("lr_factor", "riding_factor"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"Ladder: {name} must lie in (0, 1], got {getattr(self, name)}")
         if self.exhausted not in ("ride", "stop"):
             raise ValueError(f"Ladder: exhausted must be 'ride' or 'stop', got {self.exhausted!r}")
 
@@ -279,10 +280,10 @@ class Ladder(Policy):
         expected = statistics.median(then)
         return (expected + seen.loss) / 2 if expected < seen.loss else math.inf
 
-    def _ride(self, seen: Seen, reason: str, least: float) -> Action:
-        """It is the nature of this run: on it goes, for `per` steps, at no more than `least` times the rate."""
+    def _ride(self, seen: Seen, reason: str, most: float) -> Action:
+        """On it goes, for `per` steps, at `riding_factor` times the rate, or at `most` of it where that is less."""
         self._run, self._ride_until = 0, seen.step + self.per
-        factor, what = min(self.riding_factor, least), f"{reason}: this run spikes, riding it out"
+        factor, what = min(self.riding_factor, most), f"{reason}: this run spikes, riding it out"
         if factor == 1:
             return Continue(what)
         self._slow_until = max(self._slow_until, seen.step + self.per + self.rewarm)
