@@ -104,6 +104,26 @@ def test_skip_and_rewind() -> None:
     assert all(torch.isfinite(p).all() for p in _weights(model))
 
 
+def test_a_restart_takes_the_data_back() -> None:
+    """oracle: three NaN of the machine's in the second epoch; the run is the one that left those batches out, with its
+    dropout and its shuffling."""
+    first = BATCHES + 8
+    faults = dict.fromkeys(range(first, first + 3), math.nan)
+    guard, model, schedule = _guarded(faults, mode="restart")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    accelerator, other, optimizer, scheduler, loader = _setup()
+    for i, (text,) in enumerate(batch for _ in range(2) for batch in loader):
+        if i in faults:
+            continue
+        accelerator.backward(other(text))
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+    assert guard.step_count == schedule.last_epoch == 2 * BATCHES - 3
+    assert all(torch.equal(a, b) for a, b in zip(_weights(model), _weights(other), strict=True))
+
+
 def test_the_state_goes_through_accelerates_checkpoint(tmp_path: Path) -> None:
     """round trip: save_state and load_state carry the guard's clock and place."""
     accelerator, model, optimizer, scheduler, loader = _setup()

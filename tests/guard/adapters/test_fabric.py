@@ -85,6 +85,19 @@ def test_skip_and_rewind() -> None:
     assert all(torch.isfinite(p).all() for p in _weights(model))
 
 
+def test_a_restart_takes_the_data_back() -> None:
+    """oracle: three NaN of the machine's; the run is then the one that left those batches out from the beginning."""
+    guard, model, scheduler = _guarded(dict.fromkeys((25, 26, 27), math.nan), mode="restart")
+    fabric, other, optimizer, schedule = _setup()
+    for batch in [*_batches()[:25], *_batches()[28:]]:
+        fabric.backward(other(batch))
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    assert guard.step_count == scheduler.last_epoch == schedule.last_epoch == STEPS - 3
+    assert all(torch.equal(a, b) for a, b in zip(_weights(model), _weights(other), strict=True))
+
+
 def test_the_state_goes_through_fabrics_checkpoint(tmp_path: Path) -> None:
     """round trip: a new run from the checkpoint in the middle ends with the same bits."""
     _, model, _ = _guarded({}, save=tmp_path / "a.ckpt")
