@@ -36,7 +36,7 @@ class Bench:
     out: Path = Path("out/bench")
     """Folder for the page, and with --rerun for runs and record; an interrupted run goes on from there."""
     rerun: bool = False
-    """Train and judge everything again (half an hour to an hour on two cores), and write the record."""
+    """Train and judge everything again (half an hour to two hours on two cores), and write the record."""
     specimens: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
     """Only these specimens of the zoo; such a record stays in --out."""
     policies: Annotated[tuple[str, ...], arg(metavar="NAME ...")] = ()
