@@ -115,6 +115,7 @@ def main() -> None:
         found[f"{way}-whole"] = train(way, top / f"{way}-whole", kills=())
     (top / f"result.{dist.get_rank()}").write_text(json.dumps(found))
     dist.destroy_process_group()
+    os._exit(0)  # threads of gloo's now and then abort a process that takes its ordinary end
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import torch
@@ -63,6 +64,7 @@ def main(way: str, out: str) -> None:
         json.dump({"rows": rows, "notes": tap.notes.sentences}, file)
     if way != "alone":
         dist.destroy_process_group()
+        os._exit(0)  # threads of gloo's now and then abort a process that takes its ordinary end
 
 
 def _loss(model: nn.Module, batch: Tensor) -> Tensor:
