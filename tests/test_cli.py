@@ -131,7 +131,7 @@ FLAGS = {
     },
     "plan": {"--to", "--budget", "--arm", "--json"},
     "fit": {"--cutoff", "--at", "--task", "--json"},
-    "bench": {"--out", "--rerun", "--specimens", "--policies", "--seeds", "--other-seeds", "--processes", "--json"},
+    "bench": {"--out", "--rerun", "--specimens", "--policies", "--seeds", "--processes", "--json"},
 }
 
 

@@ -116,7 +116,8 @@ def train(training: Training, steps: int, *, start: int = 0) -> list[float]:
     return losses
 
 
-def same_bits(one: State, two: State) -> None:
+def same_bits(one: State, two: State) -> bool:
+    """Names, types, shapes and bytes of all tensors, and the rest; the first that differs is named."""
     assert list(one.tensors) == list(two.tensors)
     for name, tensor in one.tensors.items():
         other = two.tensors[name]
@@ -125,7 +126,7 @@ def same_bits(one: State, two: State) -> None:
         assert tensor.contiguous().flatten().view(torch.uint8).equal(other.contiguous().flatten().view(torch.uint8)), (
             name
         )
-    assert one.plain == two.plain
+    return one.plain == two.plain
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -141,13 +142,13 @@ def test_every_optimizer_goes_back_bit_for_bit(kind: str) -> None:
     second = train(training, 20, start=3)
 
     training.restore(middle, rng=True)
-    same_bits(training.read(), middle)
+    assert same_bits(training.read(), middle)
     if kind != "LBFGS":  # its history moves through lists
         assert {n: t.data_ptr() for n, t in training.read().tensors.items() if not n.startswith("rng")} == memory
     assert train(training, 20, start=3) == second
 
     training.restore(fresh, rng=True)
-    same_bits(training.read(), fresh)
+    assert same_bits(training.read(), fresh)
     assert train(training, 3) == first
     assert train(training, 20, start=3) == second
 
@@ -184,7 +185,7 @@ def test_every_schedule_goes_back(kind: str) -> None:
     for state in (kept, State(kept.tensors, decode(encode(kept.plain, "state")))):
         training.restore(state, rng=True)
         assert train(training, 6, start=4) == losses
-        same_bits(training.read(), after)
+        assert same_bits(training.read(), after)
 
 
 def test_groups_ema_scaler_and_bfloat16() -> None:
@@ -204,7 +205,7 @@ def test_groups_ema_scaler_and_bfloat16() -> None:
     scaler.load_state_dict(scaler.state_dict() | {"scale": 2.0})
     losses = train(training, 3, start=3)
     training.restore(kept, rng=True)
-    same_bits(training.read(), kept)
+    assert same_bits(training.read(), kept)
     assert scaler.get_scale() == 8.0
     assert "invented" not in optimizer.param_groups[0]
     assert train(training, 3, start=3) != losses  # the edited rates mattered
@@ -219,7 +220,7 @@ def test_disabled_scaler() -> None:
     kept = copied(training.read())
     train(training, 2)
     training.restore(kept, rng=True)
-    same_bits(training.read(), kept)
+    assert same_bits(training.read(), kept)
 
 
 def test_without_rng_chance_runs_on() -> None:
@@ -249,7 +250,7 @@ def test_late_unfrozen_parameters() -> None:
     training.restore(kept, rng=True)
     assert model.late.weight not in training.optimizer.state
     assert model.late.weight.requires_grad  # the user's own decision, not the run's state
-    same_bits(training.read(), kept)
+    assert same_bits(training.read(), kept)
 
 
 def test_parameters_that_only_the_optimizer_knows() -> None:
@@ -322,7 +323,7 @@ def test_refused_before_anything_changes() -> None:
     for other, words in wrong:
         with pytest.raises(ValueError, match=words):
             other.restore(kept, rng=True)
-    same_bits(training.read(), now)
+    assert same_bits(training.read(), now)
     short = copied(kept)
     short.tensors["model/one.weight"] = torch.zeros(4, 6)
     with pytest.raises(ValueError, match=r"parameter one.weight is \(4, 7\) .* was \(4, 6\)"):

@@ -44,8 +44,6 @@ class Bench:
     seeds: int | None = None
     """So many seeds of each specimen: 10 for detectors and precursors, half of them for tuning; 5 for the guard; 3 for
     replays."""
-    other_seeds: int | None = None
-    """Guard only: so many seeds for every policy but the default one; as many as --seeds unless given."""
     processes: int = 2
     """Worker processes of one thread each."""
     json: bool = False
@@ -55,9 +53,8 @@ class Bench:
         """Exit status. Without `write_study_page` the study is printed only."""
         if self.what == "guard":
             return self._guard(write_study_page)
-        for given, name in ((self.policies, "--policies"), (self.other_seeds is not None, "--other-seeds")):
-            if given:
-                raise ValueError(f"{name} is for the guard: aftershock bench guard")
+        if self.policies:
+            raise ValueError("--policies is for the guard: aftershock bench guard")
         if self.what == "replay":
             return self._replay()
         if self.what == "precursors":
@@ -166,7 +163,6 @@ class Bench:
             specimens=self.specimens,
             policies=self.policies,
             seeds=self.seeds,
-            other_seeds=self.other_seeds,
             processes=self.processes,
             on_progress=_Lines("runs trained"),
         )

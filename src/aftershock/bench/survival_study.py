@@ -46,14 +46,13 @@ def run_study(
     specimens: Sequence[str] = (),
     policies: Sequence[str] = (),
     seeds: int | None = None,
-    other_seeds: int | None = None,
     processes: int = 2,
     on_progress: Progress | None = None,
 ) -> Study:
     """Train what is missing of the grid in `folder`, judge it, and sum it up.
 
     Each policy (without `policies` every one that can be had without a part of the user's own) on each specimen with
-    the first `seeds` (5) seeds, scoring ones before the others; all but the default with the first `other_seeds`.
+    the first `seeds` (5) seeds, scoring ones before the others.
 
     Raises ValueError on an unknown name and on a number of seeds that is not 1 to 10, before anything is trained.
     """
@@ -62,10 +61,8 @@ def run_study(
     chosen = [specimen(name) for name in (specimens or tuple(ZOO))]
     kinds = {one.name: one.kind for one in chosen}
     drawn = _first(5 if seeds is None else seeds)
-    few = drawn if other_seeds is None else _first(other_seeds)
     named = known_policies(policies)
-    rest = tuple(name for name in named if name != DEFAULT)
-    jobs = list(dict.fromkeys([*full_grid(kinds, named[: DEFAULT in named], drawn), *full_grid(kinds, rest, few)]))
+    jobs = full_grid(kinds, named, drawn)
     runs = train_missing(folder, jobs, processes=processes, on_progress=on_progress)
     judged = judge(runs, kinds=kinds, onsets={one.name: one.onset for one in chosen})
     here = describe_environment()
@@ -83,7 +80,6 @@ def run_study(
                 COMMAND,
                 *(("--policies", *policies) if policies else ()),
                 *(() if seeds is None else ("--seeds", str(seeds))),
-                *(() if other_seeds is None else ("--other-seeds", str(other_seeds))),
             ]
         ),
     )
@@ -118,7 +114,7 @@ def train_missing(
         lines = JsonLines(folder / RUNS)
         try:
             with worker_pool(processes) as pool:
-                futures = [pool.submit(_train, jobs) for jobs in _together(missing)]
+                futures = [pool.submit(_train, together) for together in _together(missing)]
                 for future in as_completed(futures):
                     for run in future.result():
                         done[Job(run.specimen, run.policy, run.seed)] = run

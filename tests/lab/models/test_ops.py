@@ -23,9 +23,10 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64, grad:
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
 
 
-def exactly(ours: Any, expected: Any) -> None:
+def exactly(ours: Any, expected: Any) -> bool:
     """float64 by another order of sums: some hundred roundings of 1e-16. A wrong factor is 1e-2 and more."""
     torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-12)
+    return True
 
 
 def gradients(out: Tensor, inputs: list[Tensor], *, seed: int = 99) -> list[Tensor]:
@@ -51,9 +52,9 @@ def test_oracle_norm(x_shape: tuple[int, ...], gain_shape: tuple[int, ...]) -> N
     out = norm(x, gain, eps=eps, dtype=torch.float64)
     centred = x - x.mean(-1, keepdim=True)
     expected = gain * centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
-    exactly(out, expected)
+    assert exactly(out, expected)
     for ours, plain in zip(gradients(out, [x, gain]), gradients(expected, [x, gain]), strict=True):
-        exactly(ours, plain)
+        assert exactly(ours, plain)
 
 
 def test_oracle_norm_gradient_falls_as_the_input_grows() -> None:
@@ -69,7 +70,7 @@ def test_oracle_norm_gradient_falls_as_the_input_grows() -> None:
     printed = gain * grad - (grad * gain * x).sum() / (8 * m) * x
     # native_layer_norm also subtracts the mean of the gradient, which the formula leaves to the mean-zero subspace.
     printed = (printed - (gain * grad).mean()) / m.sqrt()
-    exactly(ours, printed)
+    assert exactly(ours, printed)
 
 
 @pytest.mark.parametrize("replicas", [1, 3])
@@ -116,8 +117,8 @@ def test_oracle_rotate_is_complex_multiplication() -> None:
         torch.ones_like(angle), angle
     )
     expected = torch.cat([turned.real, turned.imag], dim=-1)
-    exactly(out, expected)
-    exactly(gradients(out, [x]), gradients(expected, [x]))
+    assert exactly(out, expected)
+    assert exactly(gradients(out, [x]), gradients(expected, [x]))
 
 
 def test_oracle_rotate_gradcheck() -> None:
@@ -133,7 +134,7 @@ def test_rotation_makes_scores_depend_on_the_distance_alone() -> None:
     scores = rotate(q, cos, sin)[0, 0, 0] @ rotate(k, cos, sin)[0, 0, 0].T
     for distance in range(9):
         diagonal = scores.diagonal(-distance)
-        exactly(diagonal, diagonal[:1].expand_as(diagonal))
+        assert exactly(diagonal, diagonal[:1].expand_as(diagonal))
 
 
 def attend_slowly(q: Tensor, k: Tensor, v: Tensor, *, softmax: bool) -> Tensor:
@@ -161,8 +162,8 @@ def test_oracle_attend_by_loops(softmax: bool) -> None:
     out = attend(q, k, v, mask_TS=mask, softmax=softmax, dtype=torch.float64)
     expected = attend_slowly(q, k, v, softmax=softmax)
     assert out.is_contiguous()
-    exactly(out, expected)
-    exactly(gradients(out, [q, k, v]), gradients(expected, [q, k, v]))
+    assert exactly(out, expected)
+    assert exactly(gradients(out, [q, k, v]), gradients(expected, [q, k, v]))
 
 
 def test_oracle_attend_by_scaled_dot_product_attention() -> None:
@@ -171,8 +172,8 @@ def test_oracle_attend_by_scaled_dot_product_attention() -> None:
     flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
     stock = F.scaled_dot_product_attention(flat_q, flat_k, flat_v, is_causal=True, scale=1.0)
     expected = stock.view(3, 2, 2, 7, 4).transpose(2, 3)
-    exactly(out, expected)
-    exactly(gradients(out, [q, k, v]), gradients(expected, [q, k, v]))
+    assert exactly(out, expected)
+    assert exactly(gradients(out, [q, k, v]), gradients(expected, [q, k, v]))
 
 
 @pytest.mark.parametrize("softmax", [True, False])
@@ -194,9 +195,9 @@ def test_attend_hands_its_scores_to_the_tap(softmax: bool) -> None:
     above = torch.ones(4, 4, dtype=torch.bool).triu(1)
     assert (scores[:, above] == -torch.inf).all()
     assert (weights[:, above] == 0).all()
-    exactly(scores[:, ~above], (q.reshape(6, 4, 2) @ k.reshape(6, 4, 2).mT)[:, ~above])
+    assert exactly(scores[:, ~above], (q.reshape(6, 4, 2) @ k.reshape(6, 4, 2).mT)[:, ~above])
     applied = (weights @ v.reshape(6, 4, 2)).view(2, 1, 3, 4, 2).transpose(2, 3)
-    exactly(applied, out)
+    assert exactly(applied, out)
     assert torch.equal(out, attend(q, k, v, mask_TS=mask, softmax=softmax, dtype=torch.float64))
 
 
@@ -236,9 +237,9 @@ def test_oracle_token_loss(ignored: int) -> None:
     z = torch.tensor([0.0, 1e-2, 1.0], dtype=torch.float64)
     loss = token_loss(logits, targets, z, dtype=torch.float64)
     ce, total = loss_slowly(logits, targets, z)
-    exactly(loss.ce_K, ce)
-    exactly(loss.total_K, total)
-    exactly(gradients(loss.total_K, [logits]), gradients(total, [logits]))
+    assert exactly(loss.ce_K, ce)
+    assert exactly(loss.total_K, total)
+    assert exactly(gradients(loss.total_K, [logits]), gradients(total, [logits]))
     assert not loss.ce_K.requires_grad
 
 
@@ -280,7 +281,7 @@ def test_token_loss_computes_in_its_own_dtype(dtype: torch.dtype) -> None:
     loss = token_loss(logits, targets, z, dtype=torch.float64)
     full = logits.detach().double().requires_grad_()
     _, total = loss_slowly(full, targets, z.double())
-    exactly(loss.total_K, total)
+    assert exactly(loss.total_K, total)
     (ours,) = gradients(loss.total_K, [logits])
     assert ours.dtype == dtype
     torch.testing.assert_close(ours, gradients(total, [full])[0].to(dtype))
@@ -294,6 +295,6 @@ def test_the_loss_tap_weighs_what_the_loss_counts() -> None:
         logits, targets, torch.ones(2), dtype=torch.float64, tap=lambda *xs: seen.extend(x.clone() for x in xs)
     )
     assert torch.equal(seen[0], logits)
-    exactly(seen[1], logits.logsumexp(-1))
+    assert exactly(seen[1], logits.logsumexp(-1))
     assert seen[2].tolist() == [[1 / 3, 0, 1 / 3, 1 / 3], [0, 0, 0, 1]]
-    exactly((seen[1].square() * seen[2]).sum(1), loss.total_K - loss.ce_K)
+    assert exactly((seen[1].square() * seen[2]).sum(1), loss.total_K - loss.ce_K)
